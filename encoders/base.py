@@ -1,0 +1,74 @@
+"""What an encoder is: host preparation of one decoded medium, and a module from tensors to an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+class EncoderError(ValueError):
+    """An encoder can't be found, loaded or given what it was given. The message says what to do."""
+
+
+class MissingPackage(EncoderError):
+    """A package that this kind of model needs is not installed; `extra` names the optional dependency."""
+
+    def __init__(self, package: str, extra: str, model: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"{model} needs the package '{package}': pip install 'mmpipe[{extra}]'")
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """The least that a user's own encoder has. Built-in ones have more: see `BuiltEncoder`."""
+
+    modality: str
+    dim: int
+    module: nn.Module
+
+    def prepare(self, media: Any) -> dict[str, Tensor]:
+        """One decoded medium → tensors without a batch dimension, of the same shapes for every sample.
+
+        `media` is a PIL image in RGB; a str; or (float32 mono samples [n], sample rate in Hz).
+        """
+        ...
+
+
+class BuiltEncoder:
+    """An encoder as this package builds them.
+
+    module(**inputs), each input [batch, …], returns the embedding [batch, dim], not normalised unless the model
+    normalises it itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        modality: str,
+        dim: int,
+        module: nn.Module,
+        prepare: Callable[[Any], dict[str, Tensor]],
+        example: Any,
+        preprocessing: dict[str, Any],
+        layers: str | None = None,
+        mask: str | None = None,
+        prompts: Callable[[Sequence[str]], Tensor] | None = None,
+        logit_scale: float | None = None,
+        max_seconds: float | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.modality, self.dim, self.module = modality, dim, module.eval().requires_grad_(False)
+        self._prepare = prepare
+        self.example = example  # a decoded medium that prepare() accepts: what capture is run on
+        self.preprocessing = preprocessing  # JSON-able: everything that shapes prepare(); part of the fingerprint
+        self.layers = layers  # path of the ModuleList inside module whose items are the layers; None: no depth exits
+        self.mask = mask  # the input [batch, tokens] that is 0 at padding; None: none
+        self.prompts = prompts  # texts → [n, dim] in this encoder's space (the paired text tower); None: no zero-shot
+        self.logit_scale = logit_scale  # the model's own, already exponentiated; None: it has none
+        self.max_seconds = max_seconds  # sound beyond this is not needed; None: all
+        self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
+
+    def prepare(self, media: Any) -> dict[str, Tensor]:
+        return self._prepare(media)

@@ -1,1 +1,1 @@
-
+"""Embeddings → decision: heads, gates, training. Knows torch, and nothing of the rest of mmpipe."""

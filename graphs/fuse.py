@@ -1,0 +1,316 @@
+"""Captured branches and a captured head → one torch.fx graph with one output per exit.
+
+    inputs   "image.pixels", "text.input_ids", … and "presence" [batch, branch]
+    output   {"exits": {name: logits [batch, label]}, "embeddings": {branch: [batch, dim]}}
+
+The head is copied once per exit, with constants for what that exit does not see. Masking embeddings instead would make
+every exit depend on every encoder, and there would be nothing to leave to a later stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmpipe.graphs.capture import Captured
+from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError, Mark
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear answer on one layer of one encoder: its state, pooled over all but batch and features."""
+
+    branch: str
+    layer: int  # from 1
+    weight_LD: Tensor
+    bias_L: Tensor
+    mask: str | None = None  # the branch's input [batch, tokens] that is 0 at padding
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """An exit to build: the head on what it `sees`, at `depth` (1-based head output; None: the last), or a probe."""
+
+    name: str
+    sees: tuple[str, ...]
+    depth: int | None = None
+    probe: Probe | None = None
+
+
+class FusedGraph(fx.GraphModule):
+    """The fused graph. `version` counts recompilations, so that who cut it knows when it was edited."""
+
+    version = 0
+
+    def recompile(self) -> Any:
+        self.version += 1
+        return super().recompile()
+
+
+def mark_of(node: fx.Node) -> Mark:
+    """The node's Mark; a node that a user put in takes the place of its first marked argument, shape unknown."""
+    mark = node.meta.get("mmpipe")
+    if isinstance(mark, Mark):
+        return mark
+    for argument in node.all_input_nodes:
+        return replace(mark_of(argument), shape=None, dtype=None, batch_multiple=None)
+    return Mark(HEAD)
+
+
+def fuse(branches: Sequence[Captured], head: Captured | None, exits: Sequence[ExitSpec]) -> FusedGraph:
+    """Join graphs of encoders (one output, [batch, dim]) and of a head into one.
+
+    `head`: captured with inputs `presence` and one per branch, outputs one per depth. `exits`: in order, the last being
+    the full pipeline; empty together with `head=None` for a pipeline that only embeds.
+    """
+    if (head is None) != (not exits):
+        raise GraphError("a head and exits go together")
+    joiner = _Joiner()
+    embeddings: dict[str, fx.Node] = {}
+    for branch in branches:
+        if branch.outputs != 1:
+            raise GraphError(
+                f"{branch.name}: an encoder returns one tensor [batch, dim]; this one returns {branch.outputs}"
+            )
+        inputs = {name: joiner.placeholder(branch, name) for name in branch.inputs}
+        (embedding,) = joiner.copy(branch, inputs)
+        embeddings[branch.name] = joiner.through(embedding)
+        mark = mark_of(embeddings[branch.name])
+        if not mark.batch_leads or len(mark.shape or ()) != 2:
+            raise GraphError(f"{branch.name}: an encoder returns [batch, dim]; this one returns {mark.shape}")
+    answers: dict[str, fx.Node] = {}
+    if head is not None:
+        presence = joiner.presence(len(branches))
+        order = [branch.name for branch in branches]
+        copies: dict[tuple[str, ...], tuple[fx.Node, ...]] = {}
+        for spec in exits:
+            if spec.probe is not None:
+                answers[spec.name] = joiner.probe(spec.probe, spec.name)
+                continue
+            if spec.sees not in copies:  # depths of the full head share one copy
+                seen = joiner.view_of_exit(spec, order, embeddings, presence)
+                copies[spec.sees] = joiner.copy(head, seen, copy=spec.name)
+            outputs = copies[spec.sees]
+            if spec.depth is not None and spec.depth > len(outputs):
+                raise GraphError(f"exit {spec.name}: the head answers at {len(outputs)} depths, not {spec.depth}")
+            answers[spec.name] = outputs[(spec.depth or len(outputs)) - 1]
+    return joiner.finish({"exits": answers, "embeddings": embeddings})
+
+
+class _Joiner:
+    """Builds the fused graph node by node; tensors hang under the branch's name."""
+
+    def __init__(self) -> None:
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.placeholders: list[fx.Node] = []
+        self.made: dict[str, fx.Node] = {}
+        self.start = self.graph.call_function(len, ((),))  # placeholders go before it; erased at the end
+
+    def _node(self, target: Any, args: tuple[Any, ...], mark: Mark) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta["mmpipe"] = mark
+        return node
+
+    def _constant(self, name: str, tensor: Tensor, mark: Mark) -> fx.Node:
+        set_tensor(self.root, name, tensor)
+        node = self.graph.get_attr(name)
+        node.meta["mmpipe"] = replace(mark, shape=tuple(tensor.shape), dtype=tensor.dtype)
+        return node
+
+    def _placeholder(self, name: str, mark: Mark) -> fx.Node:
+        with self.graph.inserting_before(self.start):
+            node = self.graph.placeholder(name.replace(".", "_"))
+        node.meta["mmpipe"] = mark
+        node.meta["input"] = name
+        return node
+
+    def placeholder(self, branch: Captured, name: str) -> fx.Node:
+        source = next(n for n in branch.graph.graph.nodes if n.op == "placeholder" and n.target == name)
+        node = self._placeholder(f"{branch.name}.{name}", mark_of(source))
+        self.made[f"{branch.name}.{name}"] = node
+        return node
+
+    def presence(self, count: int) -> fx.Node:
+        return self._placeholder(PRESENCE, Mark(HEAD, shape=("B", count), dtype=torch.bool))
+
+    def copy(self, captured: Captured, inputs: Mapping[str, fx.Node], copy: str | None = None) -> tuple[fx.Node, ...]:
+        """Copy a captured graph's nodes with its placeholders replaced; returns its outputs."""
+        env: dict[fx.Node, fx.Node] = {}
+        for node in captured.graph.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = inputs[node.target]
+            elif node.op == "output":
+                return tuple(env[output] for output in node.args[0])
+            elif node.op == "get_attr":
+                name = f"{captured.name}.{node.target.removeprefix('module.')}"
+                env[node] = self._constant(
+                    name, get_tensor(captured.graph, node.target), replace(mark_of(node), copy=copy)
+                )
+            else:
+                made = self.graph.node_copy(node, env.__getitem__)
+                made.meta = {"mmpipe": replace(mark_of(node), copy=copy)}
+                env[node] = made
+        raise AssertionError("a graph has an output")
+
+    def through(self, embedding: fx.Node) -> fx.Node:
+        """An encoder that hands on its input gets one node, so that there is something to run."""
+        return (
+            self._node(aten.alias.default, (embedding,), mark_of(embedding))
+            if embedding.op == "placeholder"
+            else embedding
+        )
+
+    def view_of_exit(
+        self, spec: ExitSpec, order: Sequence[str], embeddings: Mapping[str, fx.Node], presence: fx.Node
+    ) -> dict[str, fx.Node]:
+        """What one exit's copy of the head is given: zeros and False for what it does not see."""
+        base = Mark(HEAD, copy=spec.name)
+        if set(spec.sees) == set(order):
+            return {**embeddings, PRESENCE: presence}
+        seen_M = torch.tensor([name in spec.sees for name in order])
+        constant = self._constant(f"exit.{spec.name.replace('.', '_')}.sees", seen_M, base)
+        flags = replace(mark_of(presence), copy=spec.name)
+        given = {PRESENCE: self._node(aten.bitwise_and.Tensor, (presence, constant), flags)}
+        size = self._node(aten.sym_size.int, (presence, 0), replace(base, batch_multiple=1))
+        for name in order:
+            if name in spec.sees:
+                given[name] = embeddings[name]
+                continue
+            mark = mark_of(embeddings[name])
+            assert mark.shape is not None
+            zero = self._constant(
+                f"exit.{spec.name.replace('.', '_')}.no_{name}", torch.zeros(1, int(mark.shape[1])), base
+            )
+            given[name] = self._node(
+                aten.expand.default, (zero, [size, -1]), replace(base, shape=mark.shape, dtype=torch.float32)
+            )
+        return given
+
+    def probe(self, probe: Probe, name: str) -> fx.Node:
+        """Pool the state after a layer and answer from it."""
+        state = self._layer_output(probe.branch, probe.layer)
+        shape = mark_of(state).shape
+        assert shape is not None
+        base = Mark(HEAD, copy=name)
+        features = shape[-1]
+        if features != probe.weight_LD.shape[1]:
+            raise GraphError(
+                f"exit {name}: its probe wants {probe.weight_LD.shape[1]} features, the layer has {features}"
+            )
+        pooled = replace(base, shape=("B", features), dtype=torch.float32)
+        if len(shape) == 3 and probe.mask is not None:
+            mask = self.made[f"{probe.branch}.{probe.mask}"]
+            weight = replace(base, shape=(*(mark_of(mask).shape or ()), 1), dtype=torch.float32)
+            mask_BT1 = self._node(aten.unsqueeze.default, (mask, -1), replace(weight, dtype=mark_of(mask).dtype))
+            mask_BT1 = self._node(aten.to.dtype, (mask_BT1, torch.float32), weight)
+            kept = self._node(aten.mul.Tensor, (state, mask_BT1), replace(mark_of(state), branch=HEAD, copy=name))
+            total = self._node(aten.sum.dim_IntList, (kept, [1]), pooled)
+            count = self._node(aten.sum.dim_IntList, (mask_BT1, [1]), replace(pooled, shape=("B", 1)))
+            count = self._node(aten.clamp_min.default, (count, 1.0), replace(pooled, shape=("B", 1)))
+            state = self._node(aten.div.Tensor, (total, count), pooled)
+        elif len(shape) > 2:
+            state = self._node(aten.mean.dim, (state, list(range(1, len(shape) - 1))), pooled)
+        weight_node = self._constant(f"exit.{name.replace('.', '_')}.weight", probe.weight_LD, base)
+        bias_node = self._constant(f"exit.{name.replace('.', '_')}.bias", probe.bias_L, base)
+        logits = replace(base, shape=("B", probe.weight_LD.shape[0]), dtype=torch.float32)
+        return self._node(aten.linear.default, (state, weight_node, bias_node), logits)
+
+    def _layer_output(self, branch: str, layer: int) -> fx.Node:
+        """The last tensor of a layer that something outside the layer reads."""
+        inside = [n for n in self.graph.nodes if mark_of(n).branch == branch and mark_of(n).layer == layer]
+        outward = [n for n in inside if mark_of(n).batch_leads and any(user not in set(inside) for user in n.users)]
+        if not outward:
+            deepest = max((mark_of(n).layer or 0 for n in self.graph.nodes if mark_of(n).branch == branch), default=0)
+            raise GraphError(
+                f"an exit after {branch}.layer{layer}: "
+                + (f"the encoder has {deepest} layers" if deepest else "this encoder has no layers to exit from")
+            )
+        found: fx.Node = outward[-1]
+        return found
+
+    def finish(self, output: dict[str, dict[str, fx.Node]]) -> FusedGraph:
+        self.graph.erase_node(self.start)
+        self.graph.output(output).meta["mmpipe"] = Mark(HEAD)
+        fused = FusedGraph(self.root, self.graph, "FusedGraph")
+        fused.graph.eliminate_dead_code()
+        fused.recompile()
+        fused.eval()
+        return fused
+
+
+def outputs_of(graph: fx.Graph) -> dict[str, dict[str, fx.Node]]:
+    """The fused graph's output: {"exits": {name: node}, "embeddings": {branch: node}}."""
+    found = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert isinstance(found, Mapping)
+    return {key: dict(value) for key, value in found.items()}
+
+
+def inputs_of(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
+    """(input name, placeholder) in order: "image.pixels", …, "presence"."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            yield node.meta.get("input", node.target), node
+
+
+def mark_edits(graph: FusedGraph) -> None:
+    """Give nodes that a user put in a Mark with the shape that they have at two batch sizes."""
+    new = [node for node in graph.graph.nodes if "mmpipe" not in node.meta]
+    if not new:
+        return
+    small, large = (_shapes(graph, batch) for batch in (3, 5))
+    for node in new:
+        mark = mark_of(node)
+        if node in small:
+            (at_3, dtype), (at_5, _) = small[node], large[node]
+            shape = tuple(
+                a if a == b else "B" if (a, b) == (3, 5) else f"{a / 3:g}*B" for a, b in zip(at_3, at_5, strict=True)
+            )
+            mark = replace(mark, shape=shape, dtype=dtype)
+        node.meta["mmpipe"] = mark
+
+
+def _shapes(graph: FusedGraph, batch: int) -> dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]:
+    """Run the graph on fake tensors of `batch` rows: the shape and dtype of every tensor in it."""
+    found: dict[fx.Node, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if isinstance(value, Tensor):
+                found[node] = tuple(value.shape), value.dtype
+            return value
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        rows = []
+        for name, node in inputs_of(graph.graph):
+            mark = mark_of(node)
+            assert mark.shape is not None, name
+            rows.append(torch.zeros([batch if size == "B" else int(size) for size in mark.shape], dtype=mark.dtype))
+        Recorder(graph).run(*rows)
+    return found
+
+
+def get_tensor(root: nn.Module, target: str) -> Tensor:
+    """The tensor that a get_attr node names."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def set_tensor(root: nn.Module, target: str, tensor: Tensor) -> None:
+    """Hang a tensor under a dotted name, as a buffer; the same name twice means the same tensor."""
+    *path, name = target.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_buffer(name, tensor.detach())

@@ -1,0 +1,291 @@
+"""Passes: fused graph → the same graph, smaller. Each is one function that edits in place and says what it removed.
+
+Every pass keeps every output within rounding (fold_normalisation) or to the bit (the others), and `verify` holds after
+each.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mmpipe.graphs.fuse import FusedGraph, get_tensor, mark_of, outputs_of, set_tensor
+from mmpipe.graphs.plan import GraphError
+
+aten = torch.ops.aten
+
+# not contiguous, nor a clone into another layout: a view may come after it
+_IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default}
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_SHAPERS = {aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default}
+_RANDOM = torch.Tag.nondeterministic_seeded
+_FOLD_GROWTH = 4  # a folded constant may be this much larger than what it was made of, not more (an expand would be)
+_FOLD_BYTES = 1 << 20  # … unless it is small anyway
+
+
+def optimise(graph: FusedGraph) -> dict[str, int]:
+    """All passes in their order; returns how many nodes (for shared weights: bytes) each removed."""
+    removed = {}
+    for one in (drop_noops, share_weights, fold_constants, fold_normalisation, merge_common):
+        removed[one.__name__] = one(graph)
+        verify(graph)
+    graph.recompile()
+    return removed
+
+
+def verify(graph: FusedGraph) -> None:
+    """What a legal fused graph is. Raises GraphError with the node's name; a failure is a bug of a pass."""
+    seen: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            raise GraphError(f"{node.name}: {node.op} is no operation of a fused graph")
+        if "mmpipe" not in node.meta:
+            raise GraphError(f"{node.name}: has no mark")
+        late = [argument.name for argument in node.all_input_nodes if argument not in seen]
+        if late:
+            raise GraphError(f"{node.name}: reads {late[0]}, which comes later")
+        if node.op == "get_attr":
+            get_tensor(graph, node.target)
+        seen.add(node)
+
+
+def drop_noops(graph: FusedGraph) -> int:
+    """Dropout at inference, casts to the same type, reshapes to the same shape, clones and aliases."""
+    count = 0
+    embeddings = outputs_of(graph.graph)["embeddings"].values()
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and _is_noop(node, embeddings):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+            count += 1
+    return count + _sweep(graph)
+
+
+def _is_noop(node: fx.Node, embeddings: Collection[fx.Node]) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.args[0].op == "placeholder" and node in embeddings:
+        return False  # an encoder that only hands on its input still needs a segment to run in
+    if node.target in _DROPOUTS:
+        return not node.args[2]
+    if node.target in _IDENTITIES:
+        return not node.kwargs
+    here, before = mark_of(node), mark_of(node.args[0])
+    if here.shape is None or here.shape != before.shape or here.dtype != before.dtype:
+        return False
+    return node.target in {*_SHAPERS, aten.to.dtype, aten.to.dtype_layout}
+
+
+def share_weights(graph: FusedGraph) -> int:
+    """Tensors with the same bytes are stored once; returns the bytes that this saved."""
+    first: dict[Hashable, list[tuple[str, Tensor]]] = {}
+    saved = 0
+    done: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        if node.target not in done:
+            tensor = get_tensor(graph, node.target)
+            known = first.setdefault((tuple(tensor.shape), tensor.dtype, _digest(tensor)), [])
+            twin = next((name for name, other in known if _same_bits(tensor, other)), None)
+            if twin is None:
+                known.append((node.target, tensor))
+            elif tensor.data_ptr() != get_tensor(graph, twin).data_ptr():
+                saved += tensor.nbytes
+            done[node.target] = twin or node.target
+        node.target = done[node.target]
+    _drop_unread_tensors(graph)
+    return saved
+
+
+def _digest(tensor: Tensor) -> Hashable:
+    return () if tensor.numel() == 0 else (float(tensor.flatten()[0]), float(tensor.flatten()[-1]))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    left, right = one.contiguous().flatten(), other.contiguous().flatten()
+    return one.numel() == 0 or bool(torch.equal(left.view(torch.uint8), right.view(torch.uint8)))
+
+
+def fold_constants(graph: FusedGraph) -> int:
+    """What depends on weights alone is computed once, now, unless the result would be much larger."""
+    known: dict[fx.Node, Any] = {}
+    sizes: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = get_tensor(graph, node.target)
+            sizes[node] = known[node].nbytes
+        elif node.op == "call_function" and _pure(node) and all(n in known for n in node.all_input_nodes):
+            with torch.no_grad():
+                value = _call(node, known)
+            source = sum(sizes[n] for n in node.all_input_nodes)
+            if isinstance(value, Tensor) and value.nbytes > max(_FOLD_BYTES, _FOLD_GROWTH * source):
+                continue
+            known[node] = value
+            sizes[node] = value.nbytes if isinstance(value, Tensor) else source
+    count = 0
+    for node in list(graph.graph.nodes):
+        value = known.get(node)
+        if node.op != "call_function" or not isinstance(value, Tensor) or all(user in known for user in node.users):
+            continue
+        target = f"{mark_of(node).branch}.folded.{node.name}"
+        set_tensor(graph, target, value.contiguous())
+        with graph.graph.inserting_before(node):
+            constant = graph.graph.get_attr(target)
+        constant.meta["mmpipe"] = replace(mark_of(node), shape=tuple(value.shape), dtype=value.dtype)
+        node.replace_all_uses_with(constant)
+        graph.graph.erase_node(node)
+        count += 1
+    count += _sweep(graph)
+    _drop_unread_tensors(graph)
+    return count
+
+
+def _call(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _pure(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return _RANDOM not in node.target.tags and not node.target._schema.is_mutable
+
+
+def fold_normalisation(graph: FusedGraph) -> int:
+    """conv(scale · x + shift) → conv'(x), where the convolution pads nothing.
+
+    With padding it would be inexact: the border would be padded with 0 instead of with shift.
+    """
+    count = 0
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node.target not in (aten.conv1d.default, aten.conv2d.default):
+            continue
+        if not _unpadded(node) or not all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
+            continue
+        weight_OIK = get_tensor(graph, node.args[1].target)
+        source, scale_I, shift_I = _affine_before(graph, node.args[0], weight_OIK.shape[1], weight_OIK.ndim - 2)
+        if source is node.args[0]:
+            continue
+        has_bias = len(node.args) > 2 and node.args[2] is not None
+        bias_O = get_tensor(graph, node.args[2].target).double() if has_bias else torch.zeros(())
+        kernel = (1, -1, *[1] * (weight_OIK.ndim - 2))
+        double_OIK = weight_OIK.double()
+        shifted_O = (double_OIK * shift_I.reshape(kernel)).flatten(1).sum(1)
+        folded = {"weight": double_OIK * scale_I.reshape(kernel), "bias": bias_O + shifted_O}
+        args = [source]
+        for name, tensor in folded.items():
+            target = f"{mark_of(node).branch}.folded.{node.name}_{name}"
+            set_tensor(graph, target, tensor.to(weight_OIK.dtype))
+            with graph.graph.inserting_before(node):
+                constant = graph.graph.get_attr(target)
+            constant.meta["mmpipe"] = replace(mark_of(node), shape=tuple(tensor.shape), dtype=weight_OIK.dtype)
+            args.append(constant)
+        node.args = (*args, *node.args[3:])
+        count += _sweep(graph)
+    _drop_unread_tensors(graph)
+    return count
+
+
+def _unpadded(node: fx.Node) -> bool:
+    """conv(input, weight, bias, stride, padding, dilation, groups): nothing padded, one group."""
+    padding = node.args[4] if len(node.args) > 4 else 0
+    groups = node.args[6] if len(node.args) > 6 else 1
+    zeros = padding == 0 or (isinstance(padding, (list, tuple)) and not any(padding))
+    return zeros and groups == 1 and not node.kwargs
+
+
+def _affine_before(graph: FusedGraph, node: Any, channels: int, spatial: int) -> tuple[Any, Tensor, Tensor]:
+    """Walk back over + - · / by a constant per channel: (what comes before, scale [channels], shift [channels])."""
+    scale_I, shift_I = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    steps: dict[Any, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+        # conv sees scale · v + shift; v = u op c
+        aten.mul.Tensor: lambda scale, shift, c: (scale * c, shift),
+        aten.div.Tensor: lambda scale, shift, c: (scale / c, shift),
+        aten.add.Tensor: lambda scale, shift, c: (scale, shift + scale * c),
+        aten.sub.Tensor: lambda scale, shift, c: (scale, shift - scale * c),
+    }
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in steps and not node.kwargs:
+        constant_I = _per_channel(graph, node.args[1], channels, spatial)
+        if constant_I is None or len(node.users) != 1 or not isinstance(node.args[0], fx.Node):
+            break
+        if mark_of(node.args[0]).dtype != mark_of(node).dtype or mark_of(node.args[0]).shape != mark_of(node).shape:
+            break
+        scale_I, shift_I = steps[node.target](scale_I, shift_I, constant_I)
+        node = node.args[0]
+    return node, scale_I, shift_I
+
+
+def _per_channel(graph: FusedGraph, argument: Any, channels: int, spatial: int) -> Tensor | None:
+    """A constant as [channels] float64; None when it is none, or varies within a channel."""
+    if isinstance(argument, (int, float)):
+        return torch.full((channels,), float(argument), dtype=torch.float64)
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    tensor = get_tensor(graph, str(argument.target)).double()
+    shape = [1] * (spatial + 2 - tensor.ndim) + list(tensor.shape)
+    if len(shape) != spatial + 2 or shape[0] != 1 or any(size != 1 for size in shape[2:]):
+        return None
+    return tensor.flatten().expand(channels) if shape[1] in (1, channels) else None
+
+
+def merge_common(graph: FusedGraph) -> int:
+    """The same operation on the same arguments is computed once. Copies of the head for different exits stay apart:
+
+    they run for different rows, so that one can't read what the other computed.
+    """
+    first: dict[Hashable, fx.Node] = {}
+    count = 0
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            key: Hashable = ("get_attr", node.target)
+        elif node.op == "call_function" and _pure(node):
+            try:
+                key = (node.target, mark_of(node).copy, _frozen(node.args), _frozen(node.kwargs))
+            except TypeError:
+                continue
+        else:
+            continue
+        twin = first.setdefault(key, node)
+        if twin is not node:
+            node.replace_all_uses_with(twin)
+            graph.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
+    hash(value)
+    return (type(value).__name__, value)  # 1, 1.0 and True are three arguments
+
+
+def _sweep(graph: FusedGraph) -> int:
+    """Erase what no output reads; inputs stay, they are the caller's."""
+    count = 0
+    for node in reversed(list(graph.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _drop_unread_tensors(graph: FusedGraph) -> None:
+    read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(graph.named_buffers(remove_duplicate=False)):
+        if name not in read:
+            path, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(path), leaf)

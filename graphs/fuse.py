@@ -228,10 +228,11 @@ class _Joiner:
         outward = [n for n in inside if mark_of(n).batch_leads and any(user not in set(inside) for user in n.users)]
         if not outward:
             deepest = max((mark_of(n).layer or 0 for n in self.graph.nodes if mark_of(n).branch == branch), default=0)
-            raise GraphError(
-                f"an exit after {branch}.layer{layer}: "
-                + (f"the encoder has {deepest} layers" if deepest else "this encoder has no layers to exit from")
-            )
+            if layer <= deepest:
+                why = "that layer hands on no tensor with one row per sample"
+            else:
+                why = f"the encoder has {deepest} layers" if deepest else "this encoder has no layers to exit from"
+            raise GraphError(f"an exit after {branch}.layer{layer}: {why}")
         found: fx.Node = outward[-1]
         return found
 

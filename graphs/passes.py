@@ -72,7 +72,7 @@ def _is_noop(node: fx.Node, embeddings: Collection[fx.Node]) -> bool:
     if node.args[0].op == "placeholder" and node in embeddings:
         return False  # an encoder that only hands on its input still needs a segment to run in
     if node.target in _DROPOUTS:
-        return not node.args[2]
+        return node.args[2] is False
     if node.target in _IDENTITIES:
         return not node.kwargs
     here, before = mark_of(node), mark_of(node.args[0])
@@ -135,7 +135,7 @@ def fold_constants(graph: FusedGraph) -> int:
         value = known.get(node)
         if node.op != "call_function" or not isinstance(value, Tensor) or all(user in known for user in node.users):
             continue
-        target = f"{mark_of(node).branch}.folded.{node.name}"
+        target = f"{mark_of(node).branch}.folded.of_{node.name}"
         set_tensor(graph, target, value.contiguous())
         with graph.graph.inserting_before(node):
             constant = graph.graph.get_attr(target)
@@ -185,7 +185,7 @@ def fold_normalisation(graph: FusedGraph) -> int:
         folded = {"weight": double_OIK * scale_I.reshape(kernel), "bias": bias_O + shifted_O}
         args = [source]
         for name, tensor in folded.items():
-            target = f"{mark_of(node).branch}.folded.{node.name}_{name}"
+            target = f"{mark_of(node).branch}.folded.of_{node.name}_{name}"
             set_tensor(graph, target, tensor.to(weight_OIK.dtype))
             with graph.graph.inserting_before(node):
                 constant = graph.graph.get_attr(target)

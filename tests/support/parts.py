@@ -1,4 +1,4 @@
-"""Small modules that have what real encoders have: layers, masks, windows, constants, padding; and what is cut of them."""
+"""Small modules that have what real encoders have: layers, masks, windows, constants, padding."""
 
 from __future__ import annotations
 
@@ -50,21 +50,31 @@ class Text(nn.Module):
         return (x * weight).sum(1) / weight.sum(1).clamp_min(1.0)
 
 
+class WindowLayer(nn.Module):
+    """Attention over windows of 4 frames: inside, dimension 0 is windows × batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.reshape(-1, 4, x.shape[-1])).chunk(3, dim=-1)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return x + mixed.reshape(x.shape[0], -1, x.shape[-1])
+
+
 class Windowed(nn.Module):
-    """Attention over windows of 4: inside a layer, dimension 0 is windows × batch."""
+    """frames → layers of windowed attention → mean."""
 
     def __init__(self, width: int = 8, depth: int = 2) -> None:
         super().__init__()
         self.inlet = nn.Linear(3, width)
-        self.layers = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+        self.layers = nn.ModuleList(WindowLayer(width) for _ in range(depth))
 
     def forward(self, frames: Tensor) -> Tensor:
         x = self.inlet(frames)
         for layer in self.layers:
-            windows = x.reshape(-1, 4, x.shape[-1])
-            q, k, v = layer(windows).chunk(3, dim=-1)
-            mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
-            x = x + mixed.reshape(x.shape[0], -1, x.shape[-1])
+            x = layer(x)
         return x.mean(1)
 
 
@@ -104,7 +114,18 @@ def modules(seed: int = 0) -> dict[str, nn.Module]:
     return {"image": Image().eval(), "text": Text().eval(), "audio": Windowed().eval(), "head": Head(DIMS).eval()}
 
 
+PARTS = modules()
+_CAPTURED: dict[int, tuple[Mapping[str, nn.Module], tuple[list[Captured], Captured]]] = {}
+
+
 def captured(parts: Mapping[str, nn.Module]) -> tuple[list[Captured], Captured]:
+    """Captured once per set of modules: export is what takes the time."""
+    if id(parts) not in _CAPTURED:
+        _CAPTURED[id(parts)] = (parts, _capture(parts))  # holds the modules too, so that the id stays theirs
+    return _CAPTURED[id(parts)][1]
+
+
+def _capture(parts: Mapping[str, nn.Module]) -> tuple[list[Captured], Captured]:
     branches = [capture(parts[name], ROWS[name], name=name, layers="layers") for name in ORDER]
     head = capture(
         parts["head"],

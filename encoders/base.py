@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,6 +59,8 @@ class BuiltEncoder:
         logit_scale: float | None = None,
         max_seconds: float | None = None,
         notes: Sequence[str] = (),
+        files: Sequence[str] = (),
+        keep_float32: Sequence[str] = (),
     ) -> None:
         self.modality, self.dim, self.module = modality, dim, module.eval().requires_grad_(False)
         self._prepare = prepare
@@ -69,6 +72,27 @@ class BuiltEncoder:
         self.logit_scale = logit_scale  # the model's own, already exponentiated; None: it has none
         self.max_seconds = max_seconds  # sound beyond this is not needed; None: all
         self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
+        self.files = tuple(files)  # what was read from disk: weights first, then configuration and tokeniser
+        self.keep_float32 = tuple(keep_float32)  # paths of submodules inside module that lose too much in bfloat16
 
     def prepare(self, media: Any) -> dict[str, Tensor]:
         return self._prepare(media)
+
+    def release(self) -> None:
+        """Drop the module and the text tower; `prepare` still works. For callers that have captured the module."""
+        self.module, self.prompts = nn.Module(), None
+
+
+def output_dim(module: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """The embedding's width, found by running one sample's prepared `inputs` through `module`."""
+    with torch.inference_mode():
+        out = module.eval()(**{name: value.unsqueeze(0) for name, value in inputs.items()})
+    if out.ndim != 2 or out.shape[0] != 1:
+        raise EncoderError(f"the module returned shape {tuple(out.shape)} for one sample; expected [1, dim]")
+    return int(out.shape[1])
+
+
+def layers_path(module: nn.Module, count: int) -> str | None:
+    """The path of the outermost ModuleList with `count` items: the transformer's layers; None if there is none."""
+    found = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child) == count]
+    return min(found, key=lambda name: name.count("."), default=None)

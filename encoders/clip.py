@@ -1,0 +1,253 @@
+"""open_clip models: both towers, their weights from a tag, a hub folder, or a local file or folder."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe.encoders.base import BuiltEncoder, EncoderError, MissingPackage, output_dim
+from mmpipe.encoders.hf import read_tensors, refuse
+from mmpipe.encoders.hub import fetch
+from mmpipe.encoders.image import Normalised, ResizeCrop, grey
+from mmpipe.encoders.text import EXAMPLE, Prompts
+
+CONFIG = "open_clip_config.json"
+WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where an open_clip model comes from. `name` is what open_clip itself is asked for."""
+
+    model: str
+    name: str
+    weights: Path
+    arguments: dict[str, Any]  # for create_model
+    notes: tuple[str, ...] = ()
+
+
+class ClipText(nn.Module):
+    """input_ids [B, T] → [B, dim], not normalised, through the text side of an open_clip model."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.clip.encode_text(input_ids)
+        return out
+
+
+@dataclass(frozen=True)
+class ClipTokenise:
+    """A str → int64 input_ids [T], by open_clip's tokeniser."""
+
+    tokenizer: Any
+    max_tokens: int
+
+    def __call__(self, text: str) -> dict[str, Tensor]:
+        if not isinstance(text, str):
+            raise EncoderError(f"a text encoder takes a str, not a {type(text).__name__}")
+        return {"input_ids": self.tokenizer([text], context_length=self.max_tokens)[0].to(torch.int64)}
+
+
+def load(
+    name: str, modality: str, *, weights: Path | None, max_tokens: int | None, max_seconds: float | None
+) -> BuiltEncoder:
+    """The factory of `open_clip:` ids, for images and text."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingPackage("open_clip_torch", "open_clip", f"open_clip:{name}") from error
+    if modality == "audio":
+        raise EncoderError(f"open_clip:{name} has an image and a text tower, none for audio")
+    found = _find(name, weights)
+    clip = _create(found)
+    scale = float(clip.logit_scale.exp())
+    try:
+        tokenizer = open_clip.get_tokenizer(found.name)
+    except Exception as error:  # a tokeniser from the hub: network, cache or its own format
+        raise EncoderError(f"{found.model}: its tokeniser can't be loaded: {error}") from error
+    visual, clip.visual = clip.visual, None
+    text = ClipText(clip).eval()
+    files = [str(found.weights), *map(str, sorted(found.weights.parent.glob(CONFIG)))]
+    if modality == "image":
+        return _image(found, visual, Prompts(text, ClipTokenise(tokenizer, int(clip.context_length))), scale, files)
+    length = _shorten(clip, max_tokens, found.model)
+    prepare = ClipTokenise(tokenizer, length)
+    blocks = next(
+        (path for path in ("clip.transformer.resblocks", "clip.text.transformer.resblocks") if _has(text, path)), None
+    )
+    return BuiltEncoder(
+        modality="text",
+        dim=output_dim(text, prepare(EXAMPLE)),
+        module=text,
+        prepare=prepare,
+        example=EXAMPLE,
+        preprocessing={"max_tokens": length, "tokenizer": type(tokenizer).__name__},
+        layers=blocks,
+        prompts=Prompts(text, prepare),
+        logit_scale=scale,
+        notes=[*found.notes, f"text is cut or padded to {length} tokens"],
+        files=files,
+    )
+
+
+def _image(found: _Found, visual: Any, prompts: Prompts, scale: float, files: list[str]) -> BuiltEncoder:
+    config = visual.preprocess_cfg
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    filter_ = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    resize = ResizeCrop(height, width, config["resize_mode"], None, filter_, config["fill_color"])
+    mean, std = list(config["mean"]), list(config["std"])
+    module = Normalised(visual, mean, std)
+    example = grey(height, width)
+    return BuiltEncoder(
+        modality="image",
+        dim=output_dim(module, resize(example)),
+        module=module,
+        prepare=resize,
+        example=example,
+        preprocessing=asdict(resize) | {"mean": mean, "std": std},
+        layers="visual.transformer.resblocks" if _has(module, "visual.transformer.resblocks") else None,
+        prompts=prompts,
+        logit_scale=scale,
+        notes=found.notes,
+        files=files,
+    )
+
+
+def _find(name: str, weights: Path | None) -> _Found:
+    import open_clip
+
+    model = f"open_clip:{name}"
+    if name.startswith("hf-hub:"):
+        model = name if weights is None else f"{name} ({weights})"
+        if weights is not None and weights.is_dir():
+            return _in_folder(model, weights)
+        return _in_folder(model, fetch(model, *_revision(name.removeprefix("hf-hub:"))), weights)
+    if weights is not None and (weights / CONFIG).is_file():
+        return _in_folder(model, weights)
+    if Path(name).is_absolute() and (Path(name) / CONFIG).is_file():
+        return _in_folder(model, Path(name), weights)
+    architecture, _, tag = name.partition("/")
+    if open_clip.get_model_config(architecture) is None:
+        close = difflib.get_close_matches(architecture, open_clip.list_models(), n=4)
+        raise EncoderError(
+            f"{model}: open_clip has no architecture '{architecture}'"
+            + (f"; near it: {', '.join(close)}" if close else "; and no such local folder exists")
+        )
+    config = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    arguments: dict[str, Any] = {}
+    notes: list[str] = []
+    if config:
+        arguments["force_preprocess_cfg"] = {
+            key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if config.get(key) is not None
+        }
+        if config.get("quick_gelu") and not open_clip.get_model_config(architecture).get("quick_gelu"):
+            arguments["force_quick_gelu"] = True
+            notes.append(f"'{tag}' was trained with QuickGELU, so it is used here")
+    elif weights is not None:
+        notes.append("no tag in the model id: pictures are prepared as open_clip's default says")
+    if weights is not None:
+        return _Found(model, architecture, _file_in(model, weights), arguments, tuple(notes))
+    if not config:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        said = f"'{tag}' is neither a tag nor a local file" if tag else "no weights are named"
+        raise EncoderError(
+            f"{model}: {said}, and random weights are never used. Write open_clip:{architecture}/TAG "
+            f"(tags: {known}), or set weights to a local file or folder"
+        )
+    try:
+        path = Path(open_clip.download_pretrained(config))
+    except Exception as error:  # the hub's, urllib's and open_clip's own
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise EncoderError(
+            f"{model}: the weights '{tag}' are not in the local cache and can't be downloaded: {lines[0][:300]}. "
+            "Fetch them once with network, or set weights to a local file"
+        ) from error
+    return _Found(model, architecture, path, arguments, tuple(notes))
+
+
+def _in_folder(model: str, folder: Path, weights: Path | None = None) -> _Found:
+    if not (folder / CONFIG).is_file():
+        raise EncoderError(f"{model}: {folder} has no {CONFIG}")
+    return _Found(model, f"local-dir:{folder}", _file_in(model, weights or folder), {})
+
+
+def _file_in(model: str, weights: Path) -> Path:
+    if weights.is_file():
+        return weights
+    for file in WEIGHT_FILES:
+        if (weights / file).is_file():
+            return weights / file
+    raise EncoderError(f"{model}: {weights} holds none of {', '.join(WEIGHT_FILES)}")
+
+
+def _create(found: _Found) -> Any:
+    """The model with found's weights. open_clip would stretch position embeddings that don't fit: refused here."""
+    import open_clip
+
+    try:
+        clip = open_clip.create_model(
+            found.name, load_weights=False, pretrained_image=False, pretrained_text=False, **found.arguments
+        )
+        own = clip.state_dict()
+        if found.weights.suffix not in (".npz", ".npy"):
+            wrong = [
+                key
+                for key, value in read_tensors(found.weights, found.model).items()
+                if key in own and own[key].shape != value.shape and own[key].numel() > 1
+            ]
+            refuse(found.model, found.weights, missing=[], stray=[], wrong_shape=wrong)
+        open_clip.load_checkpoint(clip, str(found.weights), strict=True, weights_only=True)
+    except EncoderError:
+        raise
+    except Exception as error:  # a wrong architecture, a strict load's report, a file that is no checkpoint
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise EncoderError(
+            f"{found.model}: {found.weights} can't be loaded: {' '.join(lines[:3])[:400]}. "
+            "Use the weights of exactly this model"
+        ) from error
+    return clip.eval().float()
+
+
+def _shorten(clip: Any, max_tokens: int | None, model: str) -> int:
+    """Cuts the text tower to max_tokens positions; returns the length in use."""
+    longest = int(clip.context_length)
+    if max_tokens is None or max_tokens == longest:
+        return longest
+    tower = getattr(clip, "text", clip)
+    if not (3 <= max_tokens < longest) or not isinstance(getattr(tower, "positional_embedding", None), nn.Parameter):
+        raise EncoderError(
+            f"{model}: max_tokens is {max_tokens}; this text tower takes 3 to {longest}, or only {longest}"
+        )
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "text_pool_type", "argmax") == "last":
+        raise EncoderError(f"{model}: this text tower reads its last position, so max_tokens can't be changed")
+    tower.positional_embedding = nn.Parameter(tower.positional_embedding[:max_tokens].clone(), requires_grad=False)
+    if tower.attn_mask is not None:
+        tower.attn_mask = tower.attn_mask[:max_tokens, :max_tokens].clone()
+    return max_tokens
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(path), nn.ModuleList)
+    except AttributeError:
+        return False
+
+
+def _revision(name: str) -> tuple[str, str | None]:
+    repository, _, revision = name.partition("@")
+    return repository, revision or None

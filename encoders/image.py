@@ -1,0 +1,209 @@
+"""Images: resize and crop on the host exactly as the reference does; normalisation in the module.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmpipe.encoders.base import BuiltEncoder, EncoderError, layers_path, output_dim
+from mmpipe.encoders.hf import Source, pretrained
+
+# A picture 1 pixel high and 10,000 wide would be resized to 224 × 2,240,000.
+MAX_RESIZED_PIXELS = 256_000_000
+RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """A PIL image → uint8 [3, height, width].
+
+    mode: "shortest" (the whole crop is picture), "longest" (the whole picture is in the crop) or "squash".
+    short_side: what "shortest" resizes to; larger than the crop where the reference crops a margin away.
+    """
+
+    height: int
+    width: int
+    mode: str = "shortest"
+    short_side: int | None = None
+    resample: str = "bicubic"
+    fill: int = 0
+    crop_down: bool = False  # half a pixel of crop: down (transformers), not to even (torchvision, open_clip)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("shortest", "longest", "squash") or self.resample not in RESAMPLING:
+            raise EncoderError(f"this model resizes by '{self.mode}' with '{self.resample}', which is not supported")
+
+    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        size = self._resized(*image.size)
+        if size[0] * size[1] > MAX_RESIZED_PIXELS:
+            raise EncoderError(f"a picture of {image.width}×{image.height} pixels is too elongated for this model")
+        if size != image.size:
+            image = image.resize(size, RESAMPLING[self.resample])
+        image = self._centred(image)
+        return {"pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        if self.mode == "squash":
+            return self.width, self.height
+        if self.mode == "shortest" and (self.height == self.width or self.short_side):
+            side = self.short_side or self.height
+            if width <= height:
+                return side, int(side * height / width)
+            return int(side * width / height), side
+        ratios = height / self.height, width / self.width
+        ratio = max(ratios) if self.mode == "longest" else min(ratios)
+        return round(width / ratio), round(height / ratio)
+
+    def _centred(self, image: Image.Image) -> Image.Image:
+        """The crop from the middle; where the picture is smaller, `fill` around it."""
+        if image.width < self.width or image.height < self.height:
+            wider, higher = max(self.width, image.width), max(self.height, image.height)
+            padded = Image.new("RGB", (wider, higher), (self.fill,) * 3)
+            padded.paste(image, ((wider - image.width) // 2, (higher - image.height) // 2))
+            image = padded
+        whole = int if self.crop_down else round
+        left, top = whole((image.width - self.width) / 2), whole((image.height - self.height) / 2)
+        return image.crop((left, top, left + self.width, top + self.height))
+
+
+class Normalised(nn.Module):
+    """uint8 pixels [B, C, H, W] → visual(pixels · scale + shift): one affine that a graph pass can fold away."""
+
+    def __init__(
+        self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], per_level: float = 1 / 255
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        mean_C, std_C = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+        self.scale_C11: Tensor
+        self.shift_C11: Tensor
+        for name, values in (("scale_C11", per_level / std_C), ("shift_C11", -mean_C / std_C)):
+            self.register_buffer(name, torch.from_numpy(values).to(torch.float32)[:, None, None], persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.visual(pixels.to(torch.float32) * self.scale_C11 + self.shift_C11)
+        return out
+
+
+def grey(height: int, width: int) -> Image.Image:
+    """The example picture that capture runs on."""
+    return Image.new("RGB", (width, height), (128, 128, 128))
+
+
+class ProjectedVision(nn.Module):
+    """A transformers vision tower and its projection, pixels [B, C, H, W] → [B, dim]."""
+
+    def __init__(self, vision: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.vision, self.projection = vision, projection
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.projection(self.vision(pixel_values=pixels).pooler_output)
+        return out
+
+
+class FirstToken(nn.Module):
+    """A transformers vision tower's class token after the last norm, pixels [B, C, H, W] → [B, dim]."""
+
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.vision(pixel_values=pixels).last_hidden_state[:, 0]
+        return out
+
+
+def load_image(source: Source) -> BuiltEncoder:
+    """`hf:` image models: CLIP and SigLIP (with prompts), ViT and DINOv2 (the class token)."""
+    import transformers
+
+    from mmpipe.encoders.text import paired_prompts
+
+    kind = source.config().get("model_type")
+    prompts, scale, notes = None, None, []
+    cls: Any
+    tower: nn.Module
+    if kind in ("clip", "siglip"):
+        cls = transformers.CLIPModel if kind == "clip" else transformers.SiglipModel
+        model = pretrained(cls, source)
+        tower = ProjectedVision(model.vision_model, getattr(model, "visual_projection", nn.Identity()))
+        layer_count = model.config.vision_config.num_hidden_layers
+        scale = float(model.logit_scale.exp())
+        prompts = paired_prompts(source, model)
+    elif kind in ("vit", "dinov2"):
+        cls = transformers.ViTModel if kind == "vit" else transformers.Dinov2Model
+        pooler = {"add_pooling_layer": False} if kind == "vit" else {}
+        model = pretrained(cls, source, **pooler)
+        tower, layer_count = FirstToken(model), model.config.num_hidden_layers
+        notes.append("the embedding is the class token after the last norm")
+    else:
+        raise EncoderError(
+            f"{source.model}: no image encoder for model_type '{kind}'; there are clip, siglip, vit, dinov2 "
+            "(and open_clip:NAME/PRETRAINED)"
+        )
+    resize, mean, std, per_level = _read_processor(source)
+    module = Normalised(tower, mean, std, per_level)
+    example = grey(resize.height, resize.width)
+    return BuiltEncoder(
+        modality="image",
+        dim=output_dim(module, resize(example)),
+        module=module,
+        prepare=resize,
+        example=example,
+        preprocessing=asdict(resize) | {"mean": list(mean), "std": list(std), "per_level": per_level},
+        layers=layers_path(module, layer_count),
+        prompts=prompts,
+        logit_scale=scale,
+        notes=[*notes, "pictures are resized with Pillow, as the reference's Pillow processor does"],
+        files=source.files(),
+    )
+
+
+def _read_processor(source: Source) -> tuple[ResizeCrop, list[float], list[float], float]:
+    """preprocessor_config.json → resize, mean, std, factor."""
+    config = source.optional("preprocessor_config.json", "processor_config.json")
+    config = config.get("image_processor", config)
+    if not config:
+        raise EncoderError(f"{source.model}: {source.folder} has no preprocessor_config.json")
+    cropped = bool(config.get("do_center_crop", False))
+    size = _size(config.get("size", 224), square=not cropped)
+    crop = _size(config.get("crop_size"), square=True)
+    resample = Image.Resampling(config.get("resample", 2)).name.lower()
+    if not config.get("do_resize", True):
+        raise EncoderError(f"{source.model}: its processor does not resize, so pictures have no common shape")
+    if "shortest_edge" in size:
+        side = size["shortest_edge"]
+        if not cropped:
+            raise EncoderError(f"{source.model}: its processor does not crop, so pictures have no common shape")
+        crop = crop or {"height": side, "width": side}
+        resize = ResizeCrop(crop["height"], crop["width"], "shortest", side, resample, crop_down=True)
+    elif cropped and crop not in ({}, size):
+        raise EncoderError(f"{source.model}: resizing to {size} and cropping to {crop} is not supported")
+    else:
+        resize = ResizeCrop(size["height"], size["width"], "squash", None, resample)
+    factor = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+    if not config.get("do_normalize", True):
+        return resize, [0.0] * 3, [1.0] * 3, factor
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if not mean or not std or math.prod(std) == 0:
+        raise EncoderError(f"{source.model}: preprocessor_config.json gives no image_mean and image_std")
+    return resize, list(mean), list(std), factor
+
+
+def _size(value: Any, *, square: bool) -> dict[str, int]:
+    if isinstance(value, int):
+        return {"height": value, "width": value} if square else {"shortest_edge": value}
+    return {key: int(number) for key, number in (value or {}).items()}

@@ -1,0 +1,5 @@
+"""`python -m mmpipe`."""
+
+from mmpipe.cli import main
+
+main()

@@ -1,0 +1,277 @@
+"""Configuration → encoders, head and exits → the fused graph. Runs once; what it returns is all that is needed later.
+
+The only place where encoders, fusion and graphs meet; their errors become mmpipe's here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe.config import Config, ExitConfig, ModalityConfig
+from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
+from mmpipe.encoders import load as load_encoder
+from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
+from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
+from mmpipe.fusion.heads import DepthHead, HeadError, ZeroShotHead, prompt_prototypes
+from mmpipe.graphs.capture import Captured, capture
+from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
+from mmpipe.graphs.passes import optimise
+from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
+
+FULL = "all"  # what the last stage's exit is called
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The host side of one encoder: one decoded medium → one row of each input."""
+
+    modality: str
+    dim: int
+    prepare: Callable[[Any], dict[str, Tensor]]
+    max_seconds: float | None  # sound beyond this is not decoded
+    settings: Mapping[str, Any]  # all that shapes prepare(); for the fingerprint
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a configuration became."""
+
+    graph: FusedGraph
+    preparations: Mapping[str, Preparation]  # in encoder order
+    labels: tuple[str, ...]  # empty for embed
+    thresholds: tuple[float, ...]  # one per exit but the last
+    removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Every `auto`, decided: value and reason. Nothing changes the configuration afterwards."""
+
+    device: str
+    dtype: str
+    backend: str
+    schedule: str
+    batch_size: int
+    threads: int
+    decode_workers: int
+    memory_limit: int  # bytes, for media decoded ahead
+    cache: str
+    reasons: Mapping[str, str]
+
+
+def resolve(config: Config) -> Resolved:
+    """Decide what the configuration leaves open, from this machine alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = config.runtime
+    decided: dict[str, tuple[Any, str]] = {
+        "device": ("cpu", "the only device that is implemented"),
+        "dtype": ("float32", "the only type that is implemented"),
+        "backend": ("eager", "the only backend that is implemented"),
+        "schedule": ("cascade", "the only schedule that is implemented"),
+        "batch_size": (32, "rows of the one bucket of every segment"),
+        "memory_limit": (1 << 30, "1 GiB for media decoded ahead of the model"),
+        "cache": ("off", "no cache is implemented"),
+    }
+    values, reasons = {}, {}
+    for key, (value, reason) in decided.items():
+        given = getattr(wanted, key)
+        values[key], reasons[key] = (value, reason) if given == "auto" else (given, "configured")
+    reasons |= {"threads": f"{cores} cores", "decode_workers": f"{cores} cores"}
+    return Resolved(**values, threads=cores, decode_workers=cores, reasons=reasons)
+
+
+def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Built:
+    """Load encoders and head, capture and fuse them. `say` is told what takes time. ConfigError or ModelError."""
+    encoders: dict[str, Encoder] = {}
+    modality: str
+    for modality, settings in config.encoders.items():
+        say(f"loading {modality}: {settings.model}")
+        with _as_config_error(config, f"encoders.{modality}.model"):
+            encoders[modality] = load_encoder(
+                settings.model,
+                modality,
+                weights=settings.weights,
+                max_tokens=settings.max_tokens,
+                max_seconds=settings.max_seconds,
+                options=settings.options,
+                base=config.source.folder,
+            )
+    labels = config.all_labels
+    dims = {modality: encoder.dim for modality, encoder in encoders.items()}
+    checkpoint = _checkpoint(config)
+    head = _head(config, encoders, dims, checkpoint) if config.task == "classify" else None
+    say("capturing and fusing")
+    branches = []
+    for modality, encoder in encoders.items():
+        with _as_config_error(config, f"encoders.{modality}.model"):
+            branches.append(_captured(encoder, modality))
+    specs = [
+        _exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(config.fusion.exits)
+    ]
+    with _as_config_error(config, "fusion.exits" if specs else "fusion.head"):
+        captured_head = _captured_head(head, dims) if head is not None else None
+        if captured_head is not None:
+            specs.append(ExitSpec(FULL, tuple(encoders)))
+        graph = fuse(branches, captured_head, specs)
+        removed = optimise(graph)
+    notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
+    if config.fusion.head == "zero_shot" and config.fusion.exits:
+        notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
+    preparations = {modality: _preparation(encoder) for modality, encoder in encoders.items()}
+    return Built(graph, preparations, labels, tuple(e.threshold for e in config.fusion.exits), removed, tuple(notes))
+
+
+def pull_weights(
+    config: Config, *, say: Callable[[str], None] = lambda text: None
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Fetch what each encoder needs: (modality, model, files) as they arrive. Raises ConfigError."""
+    for modality, settings in config.encoders.items():
+        say(f"fetching {modality}: {settings.model}")
+        with _as_config_error(config, f"encoders.{modality}.model"):
+            files = pull(settings.model, modality, weights=settings.weights, base=config.source.folder)
+        yield modality, settings.model, files
+
+
+@contextmanager
+def _as_config_error(config: Config, path: str) -> Iterator[None]:
+    """A ground library's error → one that says which key of which file asked for it."""
+    try:
+        yield
+    except MissingPackage as error:
+        raise MissingExtraError(str(config.error(path, str(error)))) from error
+    except (EncoderError, HeadError) as error:
+        raise config.error(path, str(error)) from error
+    except GraphError as error:
+        raise ModelError(str(config.error(path, str(error)))) from error
+    except MmpipeError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(str(config.error(path, f"{type(error).__name__}: {error}"))) from error
+
+
+def _notes(encoder: Encoder) -> tuple[str, ...]:
+    return encoder.notes if isinstance(encoder, BuiltEncoder) else ()
+
+
+def _preparation(encoder: Encoder) -> Preparation:
+    if isinstance(encoder, BuiltEncoder):
+        encoder.release()
+        settings, seconds = encoder.preprocessing, encoder.max_seconds
+    else:
+        settings, seconds = {"class": f"{type(encoder).__module__}:{type(encoder).__qualname__}"}, None
+    return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, settings, _notes(encoder))
+
+
+def example_medium(modality: str) -> Any:
+    """A medium to try an encoder on: a grey picture, a few words, a second of silence at 16 kHz."""
+    import numpy as np
+    from PIL import Image
+
+    if modality == "image":
+        return Image.new("RGB", (64, 48), (128, 128, 128))
+    return "an example" if modality == "text" else (np.zeros(16_000, dtype=np.float32), 16_000)
+
+
+def _captured(encoder: Encoder, modality: str) -> Captured:
+    built = encoder if isinstance(encoder, BuiltEncoder) else None
+    example = built.example if built else example_medium(modality)
+    rows = encoder.prepare(example)
+    if not isinstance(rows, Mapping) or not all(isinstance(row, Tensor) for row in rows.values()):
+        raise EncoderError(f"prepare() returns {type(rows).__name__}; it must return a dict of tensors")
+    return capture(encoder.module.eval(), rows, name=modality, layers=built.layers if built else None)
+
+
+def _checkpoint(config: Config) -> Checkpoint | None:
+    if config.fusion.checkpoint is None:
+        return None
+    with _as_config_error(config, "fusion.checkpoint"):
+        return read_checkpoint(config.resolve(config.fusion.checkpoint))
+
+
+def _head(
+    config: Config, encoders: Mapping[str, Encoder], dims: Mapping[str, int], checkpoint: Checkpoint | None
+) -> nn.Module:
+    kind = config.fusion.head
+    if kind == "zero_shot":
+        return _zero_shot(config, encoders)
+    with _as_config_error(config, "fusion.checkpoint" if checkpoint else "fusion.head"):
+        return load_head(
+            kind,
+            dims,
+            config.all_labels,
+            checkpoint=checkpoint,
+            options=config.fusion.options,
+            base=config.source.folder,
+        )
+
+
+def _zero_shot(config: Config, encoders: Mapping[str, Encoder]) -> ZeroShotHead:
+    """Encode every label in every prompt with the text tower that shares the encoder's space."""
+    prototypes, scales, weights = {}, {}, {}
+    by_name: dict[str, ModalityConfig] = {str(name): value for name, value in config.fusion.modalities.items()}
+    for modality, encoder in encoders.items():
+        path = f"fusion.modalities.{modality}.prompts"
+        prompts = encoder.prompts if isinstance(encoder, BuiltEncoder) else None
+        if prompts is None:
+            raise config.error(
+                "fusion.head",
+                f"zero_shot can't compare labels with {modality}: its model has no text side",
+                "use an encoder that has one (CLIP, CLAP, a sentence encoder), or head: linear with a checkpoint",
+            )
+        settings = by_name.get(modality)
+        templates = settings.prompts if settings else ("{}",)
+        texts = [template.replace("{}", label) for template in templates for label in config.all_labels]
+        with _as_config_error(config, path), torch.inference_mode():
+            encoded_PLD = prompts(texts).reshape(len(templates), len(config.all_labels), -1)
+        prototypes[modality] = prompt_prototypes(encoded_PLD).clone()
+        own = encoder.logit_scale if isinstance(encoder, BuiltEncoder) else None
+        scales[modality] = settings.logit_scale if settings and settings.logit_scale else own
+        weights[modality] = settings.weight if settings else 1.0
+    return ZeroShotHead(prototypes, scales=scales, weights=weights)
+
+
+class _HeadCall(nn.Module):
+    """A head as capture wants it: keyword tensors in, one tensor per depth out."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, presence: Tensor, **embeddings: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.head, DepthHead):
+            return tuple(self.head.all_depths(embeddings, presence))
+        return (self.head(embeddings, presence),)
+
+
+def _captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:
+    rows: dict[str, Tensor] = {PRESENCE: torch.ones(len(dims), dtype=torch.bool)}
+    rows |= {modality: torch.zeros(dim) for modality, dim in dims.items()}
+    return capture(_HeadCall(head).eval(), rows, name=HEAD)
+
+
+def _exit_spec(
+    config: Config, number: int, exit_: ExitConfig, encoders: Mapping[str, Encoder], checkpoint: Checkpoint | None
+) -> ExitSpec:
+    """`after` as the graph knows it: modalities, a depth of the head, or a probe on an encoder's layer."""
+    place, _, layer = exit_.after[0].partition(".layer")
+    if not layer:
+        return ExitSpec(exit_.name, tuple(m for m in encoders if m in exit_.after))
+    if place == HEAD:
+        return ExitSpec(exit_.name, tuple(encoders), depth=int(layer))
+    with _as_config_error(config, f"fusion.exits.{number}.after"):
+        weight_LD, bias_L = probe(checkpoint, exit_.name, config.all_labels)
+    encoder = encoders[place]
+    mask = encoder.mask if isinstance(encoder, BuiltEncoder) else None
+    return ExitSpec(exit_.name, (place,), probe=Probe(place, int(layer), weight_LD, bias_L, mask))
+
+
+__all__ = ["FULL", "Built", "ConfigError", "Preparation", "Resolved", "build", "pull_weights", "resolve"]

@@ -1,0 +1,243 @@
+"""The command line. Thin: each command parses, calls what Python users call, and prints.
+
+Results go to standard output, progress and errors to standard error. Nothing here imports torch before a command that
+needs it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmpipe import __version__
+from mmpipe.errors import ConfigError, Interrupted, MmpipeError
+
+if TYPE_CHECKING:
+    from mmpipe.config import Config
+
+app = typer.Typer(
+    name="mmpipe",
+    help="Multimodal inference pipelines: one YAML, one fused torch.fx graph, early exits, jobs that lose nothing.\n\n"
+    "Start with: mmpipe run quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 done but more failed than allowed, "
+    "4 output refused, 130 and 143 interrupted.",
+)
+
+ConfigArgument = Annotated[str, typer.Argument(help="A packaged name (quickstart, clip_clap, …) or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key: runtime.batch_size=8. May be repeated."),
+]
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # `mmpipe … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """MmpipeError → message on standard error and its exit code."""
+    try:
+        yield
+    except Interrupted as error:
+        _fail(f"{error}: what was committed stays", error.exit_code)
+    except MmpipeError as error:
+        _fail(str(error), error.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"mmpipe: {message}", file=sys.stderr)  # noqa: T201 - the command line's own voice
+    raise typer.Exit(code) if code not in (130, 143) else SystemExit(code)
+
+
+def _print(text: str = "") -> None:
+    print(text)  # noqa: T201 - results
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _print(f"mmpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    input: Annotated[
+        Path | None, typer.Option(help="Folder or manifest to read instead of the configuration's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write into.")] = None,
+    set_: SetOption = None,
+    mode: Annotated[str, typer.Option(help="overwrite: replace what mmpipe wrote into the output before.")] = "new",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when any sample failed, even partly.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Progress as JSON lines, the summary as JSON.")] = False,
+) -> None:
+    """Run a folder of media: one row of predictions per sample, run.json and report.html."""
+    with _reporting():
+        if mode not in ("new", "overwrite"):
+            hint = "resume is not implemented yet; " if mode == "resume" else ""
+            raise ConfigError(f"{mode!r} can't be used", where="--mode", hint=f"{hint}use overwrite, or leave it out")
+        from mmpipe.jobs.progress import for_stream
+
+        progress = for_stream(as_json=json_)
+        loaded = _load(config, set_)
+        _refuse_early(loaded, output, mode)
+        progress.say(f"building {loaded.source.name or config}")
+        from mmpipe.pipeline import Pipeline
+
+        with Pipeline(loaded, say=progress.say if not json_ else lambda text: None) as pipeline:
+            for note in pipeline.notes:
+                progress.say(f"note: {note}")
+            summary = pipeline.run_folder(input, output, mode=mode, limit=limit, progress=progress)
+        if json_:
+            _print(json.dumps(summary.run, ensure_ascii=False))
+        else:
+            from mmpipe.jobs.terminal import show_summary
+
+            show_summary(summary, packaged=loaded.source.name if loaded.source.packaged else None)
+        raise typer.Exit(summary.exit_code(strict=strict))
+
+
+@app.command()
+def predict(
+    config: ConfigArgument,
+    image: Annotated[Path | None, typer.Option(help="A picture.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text itself; @FILE reads a file.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Predict one sample; prints JSON."""
+    with _reporting():
+        if image is None and text is None and audio is None:
+            raise ConfigError("nothing to predict", hint="give --image, --text or --audio")
+        from mmpipe.pipeline import Pipeline
+
+        words: Any = Path(text[1:]) if text is not None and text.startswith("@") else text
+        with Pipeline(_load(config, set_)) as pipeline:
+            prediction = pipeline(image=image, text=words, audio=audio)
+        _print(json.dumps(_plain(prediction), ensure_ascii=False, indent=2))
+        raise typer.Exit(1 if prediction.status == "failed" else 0)
+
+
+@app.command()
+def check(
+    config: ConfigArgument,
+    input: Annotated[
+        Path | None, typer.Option(help="Folder or manifest to read instead of the configuration's.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Validate a configuration, pair and count its input. Loads no model, opens no medium."""
+    with _reporting():
+        from mmpipe.jobs.terminal import show_listing
+        from mmpipe.listing import find_samples
+
+        loaded = _load(config, set_)
+        _print(f"{loaded.source.file or config}: the configuration is valid")
+        if input is None and loaded.input.folder is None and loaded.input.manifest is None:
+            _print("no input is configured: give --input PATH to see what it holds")
+            return
+        show_listing(find_samples(loaded, input), loaded.modalities)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="A folder of media, as it is.")],
+    output: Annotated[Path | None, typer.Option(help="The YAML to write; default: mmpipe.yaml in the folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a configuration for a folder: looks at how its files pair up."""
+    with _reporting():
+        from mmpipe.jobs.terminal import show_listing
+        from mmpipe.starter import write_starter
+
+        path, listing, modalities = write_starter(folder, output, force=force)
+        show_listing(listing, modalities)
+        _print(f"\nwrote {path}\nnext: put your labels into it, then\n  mmpipe pull {path}\n  mmpipe run {path}")
+
+
+@app.command()
+def pull(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Fetch the weights of a configuration's models ahead of time."""
+    with _reporting():
+        from mmpipe.build import pull_weights
+
+        for modality, model, files in pull_weights(_load(config, set_), say=_say):
+            size = sum(os.path.getsize(file) for file in files if os.path.exists(file))
+            _print(f"{modality}: {model}: {len(files)} files, {size / 1e6:.1f} MB" + (f", {files[0]}" if files else ""))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration, for editors."""
+    from mmpipe.config import json_schema
+
+    _print(json.dumps(json_schema(), indent=2))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201 - progress
+
+
+def _load(config: str, overrides: list[str] | None) -> Config:
+    from mmpipe.config import load
+
+    return load(config, overrides=overrides or [])
+
+
+def _refuse_early(config: Config, output: Path | None, mode: str) -> None:
+    """An output that would be refused is refused before models are loaded."""
+    from mmpipe.jobs.output import claimed
+
+    folder = output if output is not None else config.output_folder
+    if folder is not None and folder.exists() and mode == "new":
+        with claimed(folder, mode):
+            pass
+
+
+def _plain(prediction: Any) -> dict[str, Any]:
+    """A prediction as JSON: without what is not there."""
+    from dataclasses import asdict
+
+    plain: dict[str, Any] = {}
+    for name, value in asdict(prediction).items():
+        if name in ("embedding", "embeddings"):
+            if value is not None:
+                plain[name] = {k: v.tolist() for k, v in value.items()} if isinstance(value, dict) else value.tolist()
+        elif name == "top_k":
+            plain[name] = [{"label": label, "probability": p} for label, p in value]
+        elif value is not None and name != "keep":
+            plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a run adds up to, in memory that does not grow with the input: counts, histograms, stories, a few samples."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mmpipe.runtime.executor import Outcome
+from mmpipe.types import Prediction, Sample
+
+BINS = 20  # of confidence, from 0 to 1
+SHOWN = 12  # samples drawn at random for the report, and as many of the least sure
+FAILURES = 50  # that are listed one by one; all are counted
+
+
+@dataclass(frozen=True)
+class Step:
+    """One exit's look at a sample."""
+
+    exit: str
+    label: str
+    confidence: float
+    opened: tuple[str, ...]  # modalities that the exit sees and that could be used
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample to show to a person, with what the pipeline thought of it at each exit."""
+
+    sample: Sample
+    prediction: Prediction
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Story:
+    """A sample whose trace shows what exits are for.
+
+    kind: "first" (the first exit was sure, the rest was never opened), "decided" (a later exit was sure),
+    "settled" (earlier exits disagreed with each other, the last one settled it).
+    """
+
+    kind: str
+    shown: Shown
+    score: tuple[float, ...]
+
+
+@dataclass
+class Tally:
+    """Everything the end of a run is told from. `add` once per shard."""
+
+    labels: tuple[str, ...]
+    exits: tuple[str, ...]  # names, in order; ("all",) for a pipeline without early exits
+    modalities: tuple[str, ...]
+    rows: int = 0
+    status: Counter[str] = field(default_factory=Counter)
+    answered_by: Counter[str] = field(default_factory=Counter)
+    files_opened: Counter[str] = field(default_factory=Counter)
+    present: Counter[str] = field(default_factory=Counter)
+    by_label: dict[str, Counter[str]] = field(default_factory=dict)  # label → exit → rows
+    confidence: dict[str, list[int]] = field(default_factory=dict)  # exit that answered → rows per bin
+    errors: Counter[str] = field(default_factory=Counter)  # "modality:code" → how often
+    failures: list[Prediction] = field(default_factory=list)  # the first of status failed and partial
+    stories: dict[str, Story] = field(default_factory=dict)
+    drawn: list[Shown] = field(default_factory=list)  # at random, in input order
+    unsure: list[Shown] = field(default_factory=list)  # the least confident, least first
+    seconds: dict[str, float] = field(default_factory=dict)  # segment → seconds; feed, decode, write, fuse too
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def add(self, samples: Sequence[Sample], predictions: Sequence[Prediction], outcome: Outcome) -> None:
+        """Count one shard."""
+        steps = self._steps(outcome, predictions)
+        for row, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
+            self._count(prediction)
+            shown = Shown(sample, prediction, tuple(steps.get(row, ())))
+            self._tell(shown)
+            self._show(shown)
+        for name, seconds in outcome.seconds.items():
+            self.spend(name, seconds)
+        opened = outcome.opened_NM.sum(dim=0).tolist()
+        for modality, count in zip(self.modalities, opened, strict=True):
+            self.files_opened[modality] += int(count)
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def _steps(self, outcome: Outcome, predictions: Sequence[Prediction]) -> Mapping[int, list[Step]]:
+        steps: dict[int, list[Step]] = {}
+        for look in outcome.looks:
+            name = self.exits[look.exit_index]
+            # the exit's name lists what it sees; "all", and depths of the head, see everything
+            seen = [m for m in self.modalities if m in [part.split(".")[0] for part in name.split("+")]]
+            for row, label, confidence in zip(look.rows, look.labels, look.confidences, strict=True):
+                used = tuple(m for m in predictions[row].used if m in (seen or self.modalities))
+                steps.setdefault(row, []).append(Step(name, self.labels[label], confidence, used))
+        return steps
+
+    def _count(self, prediction: Prediction) -> None:
+        self.rows += 1
+        self.status[prediction.status] += 1
+        for modality in prediction.present:
+            self.present[modality] += 1
+        if prediction.answered_by is not None:
+            self.answered_by[prediction.answered_by] += 1
+            if prediction.label is not None and prediction.confidence is not None:
+                self.by_label.setdefault(prediction.label, Counter())[prediction.answered_by] += 1
+                bins = self.confidence.setdefault(prediction.answered_by, [0] * BINS)
+                bins[min(BINS - 1, int(prediction.confidence * BINS))] += 1
+        if prediction.error is not None:
+            for part in prediction.error.split("; "):
+                self.errors[":".join(part.split(":")[:2])] += 1
+            if len(self.failures) < FAILURES:
+                self.failures.append(prediction)
+
+    def _show(self, shown: Shown) -> None:
+        """Reservoir sampling for `drawn`; the least confident for `unsure`."""
+        if shown.prediction.status == "failed":
+            return
+        if len(self.drawn) < SHOWN:
+            self.drawn.append(shown)
+        else:
+            place = self._random.randrange(self.rows)
+            if place < SHOWN:
+                del self.drawn[place]
+                self.drawn.append(shown)
+        if shown.prediction.confidence is not None:
+            self.unsure.append(shown)
+            self.unsure.sort(key=lambda other: other.prediction.confidence or 0.0)
+            del self.unsure[SHOWN:]
+
+    def _tell(self, shown: Shown) -> None:
+        story = story_of(shown, self.exits)
+        if story is not None and (story.kind not in self.stories or story.score > self.stories[story.kind].score):
+            self.stories[story.kind] = story
+
+
+def story_of(shown: Shown, exits: Sequence[str]) -> Story | None:
+    """What a sample's trace tells, and how well: more change and more certainty make a better story."""
+    prediction, steps = shown.prediction, shown.steps
+    if prediction.status != "ok" or not steps or len(exits) < 2 or prediction.confidence is None:
+        return None
+    last, first = steps[-1], steps[0]
+    if last.exit == exits[0] and prediction.skipped:
+        return Story("first", shown, (len(prediction.skipped), prediction.confidence))
+    if last.exit == exits[-1]:
+        if len(steps) > 2 and steps[-2].label != first.label:
+            # the surer the two that disagreed, and the surer the one that settled it, the better
+            return Story("settled", shown, (min(first.confidence, steps[-2].confidence) + 2 * last.confidence,))
+        return None
+    if len(steps) > 1:
+        return Story("decided", shown, (float(first.label != last.label), last.confidence - first.confidence))
+    return None

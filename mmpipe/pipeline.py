@@ -1,0 +1,376 @@
+"""The pipeline: a configuration, built; predictions for samples, for iterators, for folders.
+
+with Pipeline.load("quickstart") as pipeline:
+    pipeline(image="shoe.jpg", text="trail runner").label
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpipe import media
+from mmpipe.build import FULL, Built, Resolved, build, resolve
+from mmpipe.config import Config, load
+from mmpipe.errors import InputError, MediaError, MmpipeError
+from mmpipe.fingerprints import fingerprints, versions
+from mmpipe.fusion import gate
+from mmpipe.graphs.backends import lower
+from mmpipe.graphs.cut import Cut, cut
+from mmpipe.graphs.fuse import FusedGraph
+from mmpipe.graphs.plan import Plan
+from mmpipe.jobs import JobSettings, Progress, Summary, run_job
+from mmpipe.listing import find_samples
+from mmpipe.runtime.executor import Executor, Gate, Outcome
+from mmpipe.types import MODALITIES, Prediction, Sample
+
+_STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
+
+
+class Pipeline:
+    """Encoders and a head as one graph, cut at its exits and ready to run. Made by `load`; close it, or use `with`.
+
+    Several threads may call it; runs take turns.
+    """
+
+    def __init__(self, config: Config, *, say: Callable[[str], None] = lambda text: None) -> None:
+        began = time.perf_counter()
+        self.config = config
+        self.resolved: Resolved = resolve(config)
+        self._built: Built = build(config, say=say)
+        self._limits = media.Limits(**config.input.limits.model_dump())
+        self._lock = threading.Lock()
+        self._cut: Cut | None = None
+        self._cut_version = -1
+        self._executors: dict[bool, Executor] = {}
+        self._current_cut()
+        self._build_seconds = time.perf_counter() - began
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Mapping[str, Any],
+        *,
+        overrides: Sequence[str] = (),
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Self:
+        """A packaged name, the path of a YAML file, or a mapping → a pipeline.
+
+        `overrides`: "KEY=VALUE" as `--set` takes them. `say` is told what takes time. Raises ConfigError, ModelError.
+        """
+        return cls(load(source, overrides=overrides), say=say)
+
+    @property
+    def graph(self) -> FusedGraph:
+        """The fused torch.fx.GraphModule. What runs is cut from it: edit it, call its `recompile()`, and the next run
+        is cut anew."""
+        return self._built.graph
+
+    @property
+    def plan(self) -> Plan:
+        """Stages and segments of the graph as it is now."""
+        return self._current_cut().plan
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._built.labels
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of these models: windows, defaults, uncalibrated confidence."""
+        return self._built.notes
+
+    @property
+    def built(self) -> Built:
+        return self._built
+
+    # --- predicting -------------------------------------------------------------------------------------------------
+
+    def __call__(self, *, image: Any = None, text: Any = None, audio: Any = None, id: str = "sample") -> Prediction:
+        """One sample. image, audio: a path, bytes, PIL image, array or tensor (sound: (samples, rate_hz)); text: the
+        text itself, or a `Path` to a file."""
+        return self.predict([{"id": id, "image": image, "text": text, "audio": audio}])[0]
+
+    def predict(self, samples: Iterable[Sample | Mapping[str, Any]]) -> list[Prediction]:
+        """List in, list out, in order. A sample is a `Sample` or a mapping with any of image, text, audio, id.
+
+        What can't be read becomes a Prediction with a status and a reason, never an exception.
+        """
+        found = [self._sample(sample, number) for number, sample in enumerate(samples)]
+        size = self.config.output.shard_rows
+        return [
+            prediction
+            for start in range(0, len(found), size)
+            for prediction in self.run(found[start : start + size])[0]
+        ]
+
+    def stream(self, samples: Iterable[Sample | Mapping[str, Any]]) -> Iterator[Prediction]:
+        """As `predict`, for an iterator that may never end: takes a few buckets at a time."""
+        numbered = enumerate(samples)
+        while chunk := list(itertools.islice(numbered, _STREAM_BUCKETS * self.resolved.batch_size)):
+            yield from self.run([self._sample(sample, number) for number, sample in chunk])[0]
+
+    def embed(self, samples: Iterable[Sample | Mapping[str, Any]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[samples, dims]: L2-normalised embeddings side by side in encoder order, zeros where a modality is absent.
+
+        No exits. A sample of which nothing could be read is a row of NaN: `predict` says why.
+        """
+        dims = [preparation.dim for preparation in self._built.preparations.values()]
+        found = [self._sample(sample, number) for number, sample in enumerate(samples)]
+        rows = np.full((len(found), sum(dims)), np.nan, dtype=np.float32)
+        size = self.config.output.shard_rows
+        for start in range(0, len(found), size):
+            predictions, _ = self.run(found[start : start + size], exits=False, embeddings=True)
+            for row, prediction in enumerate(predictions, start):
+                if prediction.embedding is not None:
+                    rows[row] = prediction.embedding
+        return rows
+
+    def run_folder(
+        self,
+        folder: str | Path | None = None,
+        output: str | Path | None = None,
+        *,
+        mode: str = "new",
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Summary:
+        """What `mmpipe run` does: a folder in, shards of predictions out. Defaults come from the configuration.
+
+        mode "new" refuses an output folder that is not empty, "overwrite" replaces what mmpipe wrote there. Raises
+        InputError, OutputError, Interrupted.
+        """
+        out = Path(output) if output is not None else self.config.output_folder
+        if out is None:
+            raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
+        return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
+
+    def job_settings(self) -> JobSettings:
+        """What a folder job needs to know of this pipeline."""
+        source, output = self.config.source, self.config.output
+        return JobSettings(
+            title=source.name or "mmpipe",
+            dims={name: preparation.dim for name, preparation in self._built.preparations.items()},
+            labels=self.labels,
+            exits=tuple(exit_.name for exit_ in self.plan.exits) or (FULL,),
+            shard_rows=output.shard_rows,
+            max_failed=self.config.input.max_failed,
+            thumbnails=output.thumbnails,
+            limits=self._limits,
+            resolved={name: value for name, value in asdict(self.resolved).items() if name != "reasons"},
+            versions=versions(),
+            notes=self.notes,
+            build_seconds=self._build_seconds,
+        )
+
+    def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
+        """Hashes of the model, of its numerics, and of a job over these samples."""
+        return fingerprints(self.config, self._built, self.resolved, self.plan, samples)
+
+    def find(self, folder: str | Path | None = None) -> media.Listing:
+        """The samples of `folder`, or of the configuration's input. Opens no medium."""
+        return find_samples(self.config, folder)
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        samples: Sequence[Sample],
+        *,
+        exits: bool = True,
+        embeddings: bool | None = None,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> tuple[list[Prediction], Outcome]:
+        """One shard: predictions in order, and the trace of the run. `answered` is told of progress."""
+        with self._lock:
+            executor = self._executor(exits)
+            columns = list(self._built.preparations)
+            present_NM = torch.tensor(
+                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
+            ).reshape(len(samples), len(columns))
+            workers = self.resolved.decode_workers
+            ahead = media.Ahead(workers, self.resolved.memory_limit, items_ahead=2 * self.resolved.batch_size)
+            with ahead:
+                feed = _Feed(samples, self._built, executor.plan, self._limits, ahead)
+                outcome = executor.run(present_NM, feed, answered=answered)
+            outcome.seconds["decode"] = feed.core_seconds
+        wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
+        return self._predictions(samples, outcome, wanted), outcome
+
+    def _current_cut(self) -> Cut:
+        if self._cut is None or self._cut_version != self.graph.version:
+            self._cut, self._cut_version = cut(self.graph), self.graph.version
+            self._executors.clear()
+        return self._cut
+
+    def _executor(self, exits: bool) -> Executor:
+        made = self._current_cut()
+        if exits not in self._executors:
+            backend = self.resolved.backend
+            self._executors[exits] = Executor(
+                made.plan,
+                {segment.name: lower(backend, segment, made.modules[segment.name]) for segment in made.plan.segments},
+                bucket_rows=self.resolved.batch_size,
+                threads=self.resolved.threads,
+                gate=self._gate(exits) if made.plan.exits else None,
+            )
+        return self._executors[exits]
+
+    def _gate(self, exits: bool) -> Gate:
+        kind, thresholds = self.config.fusion.confidence, self._built.thresholds
+
+        def decide(exit_index: int, logits_RL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            probabilities_RL = gate.probabilities(logits_RL)
+            confidence_R = gate.confidence(probabilities_RL, kind)
+            if exit_index == len(thresholds):
+                return probabilities_RL, confidence_R, torch.isfinite(confidence_R)
+            leaves_R = gate.leaves(confidence_R, thresholds[exit_index])
+            return probabilities_RL, confidence_R, leaves_R if exits else torch.zeros_like(leaves_R)
+
+        return decide
+
+    def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
+        if isinstance(given, Sample):
+            return given
+        if not isinstance(given, Mapping):
+            raise InputError(
+                f"sample {number} is a {type(given).__name__}: give a Sample, or a dict with image, text, …"
+            )
+        unknown = set(given) - {*MODALITIES, "id"}
+        if unknown:
+            raise InputError(
+                f"sample {number} has {', '.join(sorted(map(str, unknown)))}: a sample has image, text, audio, id"
+            )
+        offered = {name: given[name] for name in MODALITIES if given.get(name) is not None}
+        useless = [name for name in offered if name not in self._built.preparations]
+        if useless and len(useless) == len(offered):
+            raise InputError(f"sample {number} has only {', '.join(useless)}: this pipeline has no such encoder")
+        return Sample(str(given.get("id", number)), offered)
+
+    def _predictions(self, samples: Sequence[Sample], outcome: Outcome, embeddings: bool) -> list[Prediction]:
+        unit = {
+            name: torch.nn.functional.normalize(table.to(torch.float32), dim=-1).numpy()
+            for name, table in (outcome.embeddings.items() if embeddings else ())
+        }
+        return [self._prediction(row, sample, outcome, unit) for row, sample in enumerate(samples)]
+
+    def _prediction(self, row: int, sample: Sample, outcome: Outcome, unit: Mapping[str, Any]) -> Prediction:
+        columns = list(self._built.preparations)
+        failures = outcome.failures.get(row, {})
+        present = tuple(name for name in columns if sample.media.get(name) is not None)
+        opened = [bool(flag) for flag in outcome.opened_NM[row].tolist()]
+        used = tuple(n for n, flag in zip(columns, opened, strict=True) if flag and n not in failures)
+        exit_index = int(outcome.exit_N[row])
+        errors = [str(failures[name]) for name in columns if name in failures]
+        if exit_index < 0 and used:
+            errors.append("head:not_finite: the model's output is not a number")
+        if not present:
+            errors.append(f"sample:no_media: has none of {', '.join(columns)}")
+        fields: dict[str, Any] = {}
+        answered = exit_index >= 0
+        if answered and outcome.probabilities_NL is not None:
+            p_L = outcome.probabilities_NL[row].numpy()
+            best = np.argsort(-p_L, kind="stable")[: self.config.output.top_k]
+            fields["label"] = self.labels[best[0]]
+            fields["confidence"] = float(outcome.confidence_N[row])
+            fields["top_k"] = tuple((self.labels[index], float(p_L[index])) for index in best)
+            if self.config.output.probabilities:
+                fields["probabilities"] = tuple(p_L.tolist())
+        if answered:
+            fields["answered_by"] = self.plan.exits[exit_index].name if self.plan.exits else FULL
+        if unit and answered:
+            has = {name: bool(outcome.embedded_NM[row, column]) for column, name in enumerate(columns)}
+            fields["embeddings"] = {name: unit[name][row].copy() for name in columns if has[name]}
+            if all(has[name] for name in present if name not in failures):
+                dims = [preparation.dim for preparation in self._built.preparations.values()]
+                blank = [np.zeros(dim, dtype=np.float32) for dim in dims]
+                parts = [unit[n][row] if has[n] else zero for n, zero in zip(columns, blank, strict=True)]
+                fields["embedding"] = np.concatenate(parts)
+        return Prediction(
+            id=sample.id,
+            status="failed" if not answered else "partial" if failures else "ok",
+            error="; ".join(errors) or None,
+            present=present,
+            used=used,
+            skipped=tuple(n for n in present if n not in used and n not in failures),
+            failed=tuple(n for n in columns if n in failures),
+            keep=sample.keep,
+            **fields,
+        )
+
+    def close(self) -> None:
+        """Give back what the pipeline holds; using it afterwards builds its segments again."""
+        with self._lock:
+            self._cut, self._cut_version = None, -1
+            self._executors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class _Feed:
+    """Opens and prepares media on threads, ahead of the model, within the bound on memory."""
+
+    def __init__(
+        self, samples: Sequence[Sample], built: Built, plan: Plan, limits: media.Limits, ahead: media.Ahead
+    ) -> None:
+        self.samples, self.built, self.limits, self.ahead = samples, built, limits, ahead
+        self.values = {value.name: value for value in plan.values}
+        self.core_seconds = 0.0  # spent decoding and preparing, on all workers
+        self._lock = threading.Lock()
+
+    def __call__(self, branch: str, rows: Sequence[int]) -> Iterator[Mapping[str, Tensor] | MediaError]:
+        preparation = self.built.preparations[branch]
+
+        def load(row: int) -> Mapping[str, Tensor] | MediaError:
+            clock = time.thread_time()
+            try:
+                source = self.samples[row].media[branch]
+                medium = media.load(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
+                return self._checked(branch, self._prepared(branch, medium))
+            except MediaError as error:
+                return error
+            finally:
+                with self._lock:
+                    self.core_seconds += time.thread_time() - clock
+
+        def cost(row: int) -> int:
+            source = self.samples[row].media[branch]
+            return media.estimate_bytes(branch, source, self.limits, preparation.max_seconds)
+
+        return self.ahead.map(load, rows, cost)
+
+    def _prepared(self, branch: str, medium: Any) -> Mapping[str, Tensor]:
+        try:
+            with torch.inference_mode():
+                return self.built.preparations[branch].prepare(medium)
+        except MmpipeError:
+            raise
+        except Exception as error:  # a user's own code may raise anything; one sample must not end a job
+            raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error
+
+    def _checked(self, branch: str, prepared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Every sample's tensors have the shapes that the graph was captured with; else they'd spread to others."""
+        for name, tensor in prepared.items():
+            value = self.values[f"{branch}.{name}"]
+            if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype:
+                raise MediaError(
+                    branch,
+                    "wrong_shape",
+                    f"prepare() made {name} {tuple(tensor.shape)} {tensor.dtype}; "
+                    f"the graph has {value.shape} {value.dtype}",
+                )
+        return prepared

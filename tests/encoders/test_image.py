@@ -1,0 +1,164 @@
+"""Image encoders against the reference libraries on the same weights and pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmpipe.encoders import EncoderError, load
+from mmpipe.encoders.image import ResizeCrop
+
+
+def _open_clip(folder):
+    import open_clip
+
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize("name", ["open_clip", "open_clip-squash", "open_clip-longest"])
+def test_open_clip_images(name, models, kit):
+    folder = models(name)
+    reference, preprocess, _ = _open_clip(folder)
+    encoder = load(f"open_clip:{folder}", "image")
+    images = kit.pictures(32)
+    whole = kit.batch(encoder, images)
+    assert whole["pixels"].dtype == torch.uint8
+    for rows in kit.BATCHES:
+        with torch.inference_mode():
+            expected = reference.encode_image(torch.stack([preprocess(image) for image in images[:rows]]))
+        kit.agree(kit.run(encoder.module, {"pixels": whole["pixels"][:rows]}), expected, name)
+    if name == "open_clip":
+        kit.exports(encoder, images, name)
+    assert encoder.layers == "visual.transformer.resblocks"
+    assert len(encoder.module.get_submodule(encoder.layers)) == 3
+    assert encoder.logit_scale == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "open_clip-squash", "open_clip-longest"])
+def test_prepared_pixels_are_the_reference_s_to_the_bit(name, models, kit):
+    _, preprocess, _ = _open_clip(models(name))
+    encoder = load(f"open_clip:{models(name)}", "image")
+    to_levels = type(preprocess)(preprocess.transforms[:-1])  # all but the normalisation
+    for image in kit.pictures(40):
+        expected = (to_levels(image) * 255).round().to(torch.uint8)
+        assert torch.equal(encoder.prepare(image)["pixels"], expected), image.size
+
+
+def test_open_clip_text_and_prompts(models, kit):
+    reference, _, tokenizer = _open_clip(models("open_clip"))
+    encoder = load(str(models("open_clip")), "text")
+    texts = kit.texts(32)
+    for rows in kit.BATCHES:
+        with torch.inference_mode():
+            expected = reference.encode_text(tokenizer(texts[:rows]))
+        kit.agree(kit.run(encoder.module, kit.batch(encoder, texts[:rows])), expected, "open_clip text")
+    kit.exports(encoder, texts, "open_clip text")
+    assert encoder.layers == "clip.transformer.resblocks"
+    assert encoder.mask is None
+    image = load(str(models("open_clip")), "image")
+    kit.agree(image.prompts(texts), expected, "prompts of the image encoder")
+
+
+def test_open_clip_text_of_fewer_tokens(models, kit):
+    reference, _, tokenizer = _open_clip(models("open_clip"))
+    encoder = load(str(models("open_clip")), "text", max_tokens=12)
+    texts = ["a red shoe", "", "rain"]
+    assert encoder.prepare("a red shoe")["input_ids"].shape == (12,)
+    with torch.inference_mode():
+        expected = reference.encode_text(tokenizer(texts))
+    kit.agree(kit.run(encoder.module, kit.batch(encoder, texts)), expected, "12 of 40 tokens")
+    assert encoder.prepare("rain " * 50)["input_ids"][-1] == 49407  # cut, but ended
+    with pytest.raises(EncoderError, match="takes 3 to 40"):
+        load(str(models("open_clip")), "text", max_tokens=41)
+
+
+def test_full_size_vit_b_32(tmp_path, kit):
+    import open_clip
+
+    torch.manual_seed(0)
+    reference = kit.scramble(open_clip.create_model("ViT-B-32", pretrained=None))
+    file = tmp_path / "weights.pt"
+    torch.save(reference.state_dict(), file)
+    try:
+        encoder = load("open_clip:ViT-B-32/weights.pt", "image", base=tmp_path)
+    finally:
+        file.unlink()
+    preprocess = open_clip.image_transform((224, 224), is_train=False)
+    images = kit.pictures(3)
+    with torch.inference_mode():
+        expected = reference.encode_image(torch.stack([preprocess(image) for image in images]))
+        words = reference.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a red shoe"]))
+    for rows in (1, 3):
+        ours = kit.run(encoder.module, kit.batch(encoder, images[:rows]))
+        kit.agree(ours, expected[:rows], "ViT-B-32")
+    kit.agree(encoder.prompts(["a red shoe"]), words, "ViT-B-32 prompts")
+    assert encoder.dim == 512
+    assert len(encoder.module.get_submodule(encoder.layers)) == 12
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "dinov2"])
+def test_transformers_images(name, models, kit):
+    import transformers
+
+    folder = models(name)
+    encoder = load(f"hf:{folder}", "image")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    cls = {
+        "clip": "CLIPVisionModelWithProjection",
+        "siglip": "SiglipVisionModel",
+        "vit": "ViTModel",
+        "dinov2": "Dinov2Model",
+    }[name]
+    reference = getattr(transformers, cls).from_pretrained(folder).eval()
+    images = kit.pictures(32)
+    whole = kit.batch(encoder, images)
+    for rows in kit.BATCHES:
+        pixels = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images[:rows]])
+        with torch.inference_mode():
+            out = reference(pixel_values=pixels)
+        kind = {"clip": "image_embeds", "siglip": "pooler_output"}.get(name)
+        expected = out.last_hidden_state[:, 0] if kind is None else out[kind]
+        kit.agree(kit.run(encoder.module, {"pixels": whole["pixels"][:rows]}), expected, name)
+    kit.exports(encoder, images, name)
+    assert len(encoder.module.get_submodule(encoder.layers)) == 3
+    assert (encoder.prompts is not None) == (name in ("clip", "siglip"))
+
+
+def test_a_row_depends_on_its_picture_alone(models, kit):
+    encoder = load(str(models("open_clip")), "image")
+    images = kit.pictures(6)
+    there, back = kit.batch(encoder, images), kit.batch(encoder, images[::-1])
+    assert torch.equal(there["pixels"], back["pixels"].flip(0))
+    assert torch.equal(kit.run(encoder.module, there)[1], kit.run(encoder.module, back)[4])
+
+
+def test_normalisation_is_one_affine_in_the_module(models):
+    encoder = load(str(models("open_clip")), "image")
+    levels = torch.arange(256, dtype=torch.float32)
+    scale, shift = encoder.module.scale_C11.flatten(), encoder.module.shift_C11.flatten()
+    for channel, (mean, std) in enumerate(((0.4, 0.2), (0.5, 0.3), (0.6, 0.25))):
+        assert torch.allclose(levels * scale[channel] + shift[channel], (levels / 255 - mean) / std, atol=1e-6)
+
+
+def test_a_thread_of_a_picture_is_refused():
+    with pytest.raises(EncoderError, match="1×20000 pixels is too elongated"):
+        ResizeCrop(224, 224)(Image.fromarray(np.zeros((20000, 1, 3), np.uint8)))
+
+
+def test_what_is_not_supported_is_said(models, tmp_path):
+    with pytest.raises(EncoderError, match="no image encoder for model_type 'bert'"):
+        load(f"hf:{models('bert')}", "image")
+    with pytest.raises(EncoderError, match="none for audio"):
+        load(str(models("open_clip")), "audio")
+    folder = tmp_path / "clip"
+    shutil.copytree(models("clip"), folder)
+    path = next(folder.glob("*processor_config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_center_crop": False}))
+    with pytest.raises(EncoderError, match="does not crop"):
+        load(f"hf:{folder}", "image")

@@ -78,7 +78,7 @@ def _is_noop(node: fx.Node, embeddings: Collection[fx.Node]) -> bool:
     here, before = mark_of(node), mark_of(node.args[0])
     if here.shape is None or here.shape != before.shape or here.dtype != before.dtype:
         return False
-    return node.target in {*_SHAPERS, aten.to.dtype, aten.to.dtype_layout}
+    return bool(node.target in {*_SHAPERS, aten.to.dtype, aten.to.dtype_layout})
 
 
 def share_weights(graph: FusedGraph) -> int:
@@ -202,7 +202,7 @@ def _unpadded(node: fx.Node) -> bool:
     padding = node.args[4] if len(node.args) > 4 else 0
     groups = node.args[6] if len(node.args) > 6 else 1
     zeros = padding == 0 or (isinstance(padding, (list, tuple)) and not any(padding))
-    return zeros and groups == 1 and not node.kwargs
+    return bool(zeros and groups == 1 and not node.kwargs)
 
 
 def _affine_before(graph: FusedGraph, node: Any, channels: int, spatial: int) -> tuple[Any, Tensor, Tensor]:

@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 ConfigArgument = Annotated[str, typer.Argument(help="A packaged name (quickstart, clip_clap, …) or a YAML file.")]
+InputOption = Annotated[Path | None, typer.Option(help="Folder or manifest to read instead of the configuration's.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key: runtime.batch_size=8. May be repeated."),

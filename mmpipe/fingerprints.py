@@ -16,28 +16,17 @@ from typing import Any
 
 import torch
 
-from mmpipe import __version__
 from mmpipe.build import Built, Resolved
 from mmpipe.config import Config
 from mmpipe.graphs.plan import Plan
 from mmpipe.types import Sample
 
-_PACKAGES = ("torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow", "soundfile", "soxr")
-    "torch",
-    "torchvision",
-    "transformers",
-    "open_clip_torch",
-    "numpy",
-    "pillow",
-    "soundfile",
-    "soxr",
-    "pyarrow",
-)
+_PACKAGES = ("mmpipe", "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow", "soundfile")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, of mmpipe, and of the packages that shape results, where they are installed."""
-    found = {"python": platform.python_version(), "mmpipe": __version__}
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

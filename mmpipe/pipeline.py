@@ -29,7 +29,8 @@ from mmpipe.graphs.backends import lower
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
-from mmpipe.jobs import JobSettings, Progress, Summary, run_job
+from mmpipe.jobs.job import JobSettings, Summary, run_job
+from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples
 from mmpipe.runtime.executor import Executor, Gate, Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def note_data(n: int, seed: int, jobs: int, cache: Path | None) -> tuple[Tensor,
     kept = cache / f"notes-{n}-{seed}.npy" if cache else None
     if kept and kept.exists():
         return torch.from_numpy(np.load(kept)), targets
-    front, blocks, block = NoteNet(), [], []
+    with torch.random.fork_rng():  # so that what is drawn after this does not depend on the cache
+        front = NoteNet()
+    blocks, block = [], []
     with torch.inference_mode():
         for samples in spoken(notes, "train", jobs):
             block.append(samples)
@@ -99,7 +102,7 @@ class Inputs:
 def item_inputs(n: int, split: str, seed: int, photos: Photos, jobs: int) -> Inputs:
     """The items that `make.py OUT --n n --split split --seed seed` writes, through the same encodings."""
     pictures, classes = photos
-    items: list[Item] = list(plan(n, split, seed, classes))
+    items: list[Item] = list(islice(plan(split, seed, classes), n))
     photo, title, samples = [], [], torch.zeros(n, prepare_note(([], SAMPLE_RATE_HZ))["samples"].shape[0])
     blank = torch.zeros_like(prepare_photo(Image.new("L", (28, 28)))["photo"])
     for item in items:

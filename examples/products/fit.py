@@ -26,8 +26,8 @@ def fit_encoder(
     lr: float,
     batch_size: int = 128,
     label_smoothing: float = 0.05,
+    bf16: bool = False,
     seed: int = 0,
-    report: Callable[[str], None] = print,
 ) -> None:
     """Train `net` in place. `epoch_data(epoch)` → (inputs …, labels), all [N, …]; `forward(*inputs)` → [B, 64]."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,14 +35,16 @@ def fit_encoder(
     parameters = [*net.parameters(), *classifier.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02)
     schedule: torch.optim.lr_scheduler.OneCycleLR | None = None
-    net.train()
+    net.train().to(memory_format=torch.channels_last)
     for epoch in range(epochs):
         *inputs, labels = epoch_data(epoch)
         batches = torch.split(torch.randperm(len(labels), generator=generator), batch_size)
         schedule = schedule or torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * len(batches))
         total, right = 0.0, 0
         for rows in batches:
-            logits = classifier(forward(*augment(tuple(value[rows] for value in inputs), generator)))
+            seen = augment(tuple(value[rows] for value in inputs), generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = classifier(forward(*seen)).float()
             loss = nn.functional.cross_entropy(logits, labels[rows], label_smoothing=label_smoothing)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -50,8 +52,9 @@ def fit_encoder(
             schedule.step()
             total += float(loss.detach()) * len(rows)
             right += int((logits.argmax(1) == labels[rows]).sum())
-        report(f"  epoch {epoch + 1}/{epochs}: loss {total / len(labels):.3f}, accuracy {right / len(labels):.3f}")
-    net.eval()
+        means = f"loss {total / len(labels):.3f}, accuracy {right / len(labels):.3f}"
+        print(f"  epoch {epoch + 1}/{epochs}: {means}", flush=True)
+    net.eval().to(memory_format=torch.contiguous_format)
 
 
 def _gather_shifted(x: Tensor, shift_B: Tensor, dim: int) -> Tensor:

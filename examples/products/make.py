@@ -3,7 +3,9 @@
     python examples/products/make.py OUT --n 2000 --split test --seed 1
 
 writes OUT/item-00000.jpg (or .png), item-00000.txt, item-00000.flac and so on, and the truth to OUT.labels.csv.
-The same arguments give the same bytes, whatever --jobs, with the same versions of espeak-ng, libsndfile and Pillow.
+With --broken two more are damaged as real folders are: broken-01 has half a photo and nothing else, broken-02 a title
+that tells nothing and a third of a note. The same arguments give the same bytes, whatever --jobs, with the same
+versions of espeak-ng, libsndfile and Pillow.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import random as random_module
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,15 +84,15 @@ def draw_note(label: str, split: str, random: random_module.Random) -> Note:
     )
 
 
-def plan(n: int, split: str, seed: int, photo_classes: NDArray[np.uint8]) -> Iterator[Item]:
-    """The first n items of (split, seed). A photo is used again only when its class has run out."""
+def plan(split: str, seed: int, photo_classes: NDArray[np.uint8]) -> Iterator[Item]:
+    """The items of (split, seed), without end. A photo is used again only when its class has run out."""
     order = random_module.Random(f"photos/{seed}/{split}")
     stock: dict[str, list[int]] = {}
     for class_, label in enumerate(LABELS):
         stock[label] = [i for i in photo_range(split)[1] if photo_classes[i] == class_]
         order.shuffle(stock[label])
     taken = dict.fromkeys(LABELS, 0)
-    for index in range(n):
+    for index in count():
         random = random_module.Random(f"item/{seed}/{split}/{index}")
         label = random.choice(LABELS)
         others = [other for other in LABELS if other != label]
@@ -135,18 +138,40 @@ def write_item(task: tuple[Item, NDArray[np.uint8] | None], out: Path) -> None:
         (out / f"{item.id}.flac").write_bytes(buffer.getvalue())
 
 
-def make(out: Path, n: int, split: str, seed: int, photos: Photos, jobs: int) -> None:
+def cut(path: Path, share: float, to: str) -> None:
+    """Move a file's first part to the name `to` beside it."""
+    data = path.read_bytes()
+    path.unlink()
+    path.with_name(to).write_bytes(data[: int(len(data) * share)])
+
+
+def write_broken(out: Path, items: Iterator[Item], pictures: NDArray[np.uint8]) -> list[tuple[str, str]]:
+    """Damage the next item that has a photo and the next that has a note → their ids and labels."""
+    seen, picture = next((item, pictures[item.photo]) for item in items if item.photo is not None)
+    heard = next(item for item in items if item.note is not None)
+    write_item((replace(seen, photo_suffix=".jpg", title=None, note=None), picture), out)
+    cut(out / f"{seen.id}.jpg", 1 / 2, "broken-01.jpg")
+    write_item((replace(heard, title=None), None), out)
+    cut(out / f"{heard.id}.flac", 1 / 3, "broken-02.flac")
+    title = vague(heard.split, random_module.Random(f"broken/{heard.index}"))
+    (out / "broken-02.txt").write_text(title + "\n", encoding="utf-8")
+    return [("broken-01", seen.label), ("broken-02", heard.label)]
+
+
+def make(out: Path, n: int, split: str, seed: int, photos: Photos, jobs: int, broken: bool = False) -> None:
     """Writes out/ and out.labels.csv. `photos` are those of the split's idx file."""
     pictures, classes = photos
-    items = list(plan(n, split, seed, classes))
+    planned = plan(split, seed, classes)
+    items = list(islice(planned, n))
     out.mkdir(parents=True, exist_ok=True)
     tasks = [(item, None if item.photo is None else pictures[item.photo]) for item in items]
     for _ in spread(partial(write_item, out=out), tasks, jobs):
         pass
+    truth = [(item.id, item.label) for item in items] + (write_broken(out, planned, pictures) if broken else [])
     with out.with_name(out.name + ".labels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("id", "label"))
-        writer.writerows((item.id, item.label) for item in items)
+        writer.writerows(truth)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,6 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--photos", type=Path, default=DEBIAN_FOLDER, help="folder with the Fashion-MNIST .gz files")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: all cores")
+    parser.add_argument("--broken", action="store_true", help="two more items, with damaged files")
     options = parser.parse_args(arguments)
     if options.n < 1:
         parser.error(f"--n {options.n}: at least 1")
@@ -164,14 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{options.out} is there and not an empty folder: name another, or remove it")
     try:
-        make(
-            out,
-            options.n,
-            options.split,
-            options.seed,
-            load_photos(photo_range(options.split)[0], options.photos),
-            options.jobs,
-        )
+        photos = load_photos(photo_range(options.split)[0], options.photos)
+        make(out, options.n, options.split, options.seed, photos, options.jobs, options.broken)
     except (PhotosMissing, SpeechMissing) as error:
         print(f"make.py: {error}", file=sys.stderr)
         return 2

@@ -31,61 +31,76 @@ MAX_DISAGREEMENT = 0.008  # with the full pipeline, on the tuning items; a littl
 @dataclass(frozen=True)
 class Sizes:
     photos: int = 45_000
-    photo_epochs: int = 14
-    titles: int = 30_000  # fresh ones each epoch
-    title_epochs: int = 8
+    photo_epochs: int = 10
+    titles: int = 20_000  # fresh ones each epoch
+    title_epochs: int = 5
     notes: int = 30_000
-    note_epochs: int = 12
-    head_items: int = 6_500
+    note_epochs: int = 8
+    head_items: int = 5_000
     head_epochs: int = 60
-    threshold_items: int = 3_500
+    threshold_items: int = 3_000
     test_items: int = 2_000
 
 
 QUICK = Sizes(512, 1, 512, 1, 96, 1, 200, 2, 60, 60)
 
 
-def train_encoders(out: Path, sizes: Sizes, photos: Path, cache: Path | None, jobs: int, seed: int) -> dict[str, float]:
-    """Writes the three encoders → seconds for each."""
-    import torch
-    from data import note_data, photo_data, title_data
-    from fit import augment_note, augment_photo, augment_title, fit_encoder
+@dataclass(frozen=True)
+class Setting:
+    out: Path
+    sizes: Sizes
+    photos: Path
+    cache: Path | None
+    jobs: int
+    seed: int
+    bf16: bool
 
-    from mmpipe.encoders import tiny
 
-    classes, seconds = len(LABELS), {}
+def train_photo(setting: Setting) -> None:
+    from data import photo_data
+    from fit import augment_photo, fit_encoder
 
-    start = time.perf_counter()
-    print("photo")
-    torch.manual_seed(seed)
-    photo = tiny.PhotoNet().to(memory_format=torch.channels_last)
-    pictures = photo_data(load_photos("train", photos), sizes.photos)
-    fit_encoder(photo, photo, lambda _: pictures, augment_photo, classes=classes, epochs=sizes.photo_epochs, lr=4e-3)
-    tiny.save(out / "photo.safetensors", "photo", photo)
-    seconds["photo"] = time.perf_counter() - start
+    from mmpipe.encoders.tiny import PhotoNet, save
 
-    start = time.perf_counter()
-    print("title")
-    torch.manual_seed(seed)
-    title = tiny.TitleNet()
+    data = photo_data(load_photos("train", setting.photos), setting.sizes.photos)
+    net = PhotoNet()
     fit_encoder(
-        title, title, lambda epoch: title_data(sizes.titles, 1000 * seed + epoch), augment_title,
-        classes=classes, epochs=sizes.title_epochs, lr=2e-3,
+        net, net, lambda _: data, augment_photo,
+        classes=len(LABELS), epochs=setting.sizes.photo_epochs, lr=4e-3, bf16=setting.bf16, seed=setting.seed,
     )  # fmt: skip
-    tiny.save(out / "title.safetensors", "title", title)
-    seconds["title"] = time.perf_counter() - start
+    save(setting.out / "photo.safetensors", "photo", net)
 
-    start = time.perf_counter()
-    print("note")
-    torch.manual_seed(seed)
-    note = tiny.NoteNet()
-    notes = note_data(sizes.notes, seed, jobs, cache)
+
+def train_title(setting: Setting) -> None:
+    from data import title_data
+    from fit import augment_title, fit_encoder
+
+    from mmpipe.encoders.tiny import TitleNet, save
+
+    net = TitleNet()
     fit_encoder(
-        note, note.from_log_mel, lambda _: notes, augment_note, classes=classes, epochs=sizes.note_epochs, lr=3e-3
-    )
-    tiny.save(out / "note.safetensors", "note", note)
-    seconds["note"] = time.perf_counter() - start
-    return seconds
+        net, net, lambda epoch: title_data(setting.sizes.titles, 1000 * setting.seed + epoch), augment_title,
+        classes=len(LABELS), epochs=setting.sizes.title_epochs, lr=2e-3, seed=setting.seed,
+    )  # fmt: skip
+    save(setting.out / "title.safetensors", "title", net)
+
+
+def train_note(setting: Setting) -> None:
+    from data import note_data
+    from fit import augment_note, fit_encoder
+
+    from mmpipe.encoders.tiny import NoteNet, save
+
+    data = note_data(setting.sizes.notes, setting.seed, setting.jobs, setting.cache)
+    net = NoteNet()
+    fit_encoder(
+        net, net.from_log_mel, lambda _: data, augment_note,
+        classes=len(LABELS), epochs=setting.sizes.note_epochs, lr=3e-3, bf16=setting.bf16, seed=setting.seed,
+    )  # fmt: skip
+    save(setting.out / "note.safetensors", "note", net)
+
+
+ENCODERS = {"photo": train_photo, "title": train_title, "note": train_note}
 
 
 def train_exits(
@@ -118,6 +133,31 @@ def train_exits(
     return head, thresholds, {"best_epoch": result.best_epoch + 1, **asdict(result.best)}
 
 
+def train_and_measure_head(setting: Setting, test_seed: int) -> dict[str, object]:
+    """Writes the head → the metrics, the figures of fresh test items among them."""
+    from data import item_inputs
+    from evaluate import embed, figures
+
+    from mmpipe.encoders import tiny
+
+    sizes = setting.sizes
+    encoders = {
+        modality: tiny.load(name, modality, weights=setting.out / f"{name}.safetensors")
+        for modality, name in (("image", "photo"), ("text", "title"), ("audio", "note"))
+    }
+    tuning = sizes.head_items + sizes.threshold_items
+    tune_inputs = item_inputs(tuning, "tune", setting.seed, load_photos("train", setting.photos), setting.jobs)
+    tune = embed(encoders, tune_inputs)
+    head, thresholds, training = train_exits(setting.out, sizes, tune, setting.seed)
+    test_photos = load_photos("t10k", setting.photos)
+    test = embed(encoders, item_inputs(sizes.test_items, "test", test_seed, test_photos, setting.jobs))
+    return {
+        "head": training,
+        "exits": {"image": thresholds[0], "image+text": thresholds[1]},
+        "test": {"items": sizes.test_items, "seed": test_seed, **figures(head, thresholds, tune, test)},
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights")
@@ -126,42 +166,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that speak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-seed", type=int, default=1, help="of the test items that the figures are from")
+    parser.add_argument("--bf16", action="store_true", help="train faster, on a CPU with AVX512-BF16 or AMX")
     parser.add_argument("--quick", action="store_true", help="a run of the code, not a training")
-    parser.add_argument("--head-only", action="store_true", help="keep the encoders that are in OUT")
+    parser.add_argument("--only", choices=(*ENCODERS, "head"), help="train this one, with the others that are in OUT")
     options = parser.parse_args(arguments)
 
-    from data import item_inputs
-    from evaluate import embed, figures
+    import torch
 
-    from mmpipe.encoders import tiny
-
-    sizes = QUICK if options.quick else Sizes()
     options.out.mkdir(parents=True, exist_ok=True)
-    seconds = {}
-    if not options.head_only:
-        seconds = train_encoders(options.out, sizes, options.photos, options.cache, options.jobs, options.seed)
-    start = time.perf_counter()
-    encoders = {
-        modality: tiny.load(name, modality, weights=options.out / f"{name}.safetensors")
-        for modality, name in (("image", "photo"), ("text", "title"), ("audio", "note"))
-    }
-    train_photos = load_photos("train", options.photos)
-    tuning = sizes.head_items + sizes.threshold_items
-    tune = embed(encoders, item_inputs(tuning, "tune", options.seed, train_photos, options.jobs))
-    head, thresholds, training = train_exits(options.out, sizes, tune, options.seed)
-    seconds["head"] = time.perf_counter() - start
-    test_photos = load_photos("t10k", options.photos)
-    test = embed(encoders, item_inputs(sizes.test_items, "test", options.test_seed, test_photos, options.jobs))
-    metrics = {
-        "sizes": asdict(sizes),
-        "seed": options.seed,
-        "seconds": {name: round(value) for name, value in seconds.items()},
-        "head": training,
-        "exits": {"image": thresholds[0], "image+text": thresholds[1]},
-        "test": {"items": sizes.test_items, "seed": options.test_seed, **figures(head, thresholds, tune, test)},
-    }
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(metrics["test"], indent=2))
+    setting = Setting(
+        options.out, QUICK if options.quick else Sizes(), options.photos, options.cache, options.jobs, options.seed,
+        options.bf16,
+    )  # fmt: skip
+    for name, train in ENCODERS.items():
+        if options.only in (None, name):
+            start = time.perf_counter()
+            torch.manual_seed(options.seed)
+            train(setting)
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if options.only in (None, "head"):
+        measured = train_and_measure_head(setting, options.test_seed)
+        metrics = {"sizes": asdict(setting.sizes), "seed": options.seed, **measured}
+        (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(measured, indent=2))
     return 0
 
 

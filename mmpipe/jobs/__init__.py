@@ -1,6 +1,9 @@
-"""A folder in, committed shards out. Knows what runs samples only through `Engine`."""
+"""A folder in, committed shards out.
 
-from mmpipe.jobs.job import Engine, JobSettings, Summary, run_job
-from mmpipe.jobs.progress import Progress
+    job.py       the loop: knows what runs samples only through `Engine`
+    output.py    who may write into the output folder     shards.py   predictions → Parquet
+    tally.py     what a run adds up to                    terminal.py, report.py   telling it to people
+    progress.py  telling it while it runs
 
-__all__ = ["Engine", "JobSettings", "Progress", "Summary", "run_job"]
+Nothing is imported here: listing and showing need no torch.
+"""

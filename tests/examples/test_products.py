@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -50,7 +51,7 @@ def classes(modules: dict[str, ModuleType]) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def items(modules: dict[str, ModuleType], classes: dict[str, object]) -> dict[str, list[object]]:
-    return {split: list(modules["make"].plan(N, split, 5, classes[split])) for split in modules["make"].SPLITS}
+    return {split: list(islice(modules["make"].plan(split, 5, classes[split]), N)) for split in modules["make"].SPLITS}
 
 
 def fake_photos(folder: Path) -> Path:
@@ -169,7 +170,7 @@ def test_at_most_half_of_all_titles_hold_a_labels_word(
     items: dict[str, list[object]], modules: dict[str, ModuleType]
 ) -> None:
     words = {word for label in modules["photos"].LABELS for word in re.findall(r"[a-z]{3,}", label.lower())}
-    anywhere = re.compile(rf"\b({'|'.join(words)})(s|es)?\b|t-?shirt", re.IGNORECASE)
+    anywhere = re.compile(rf"\b({'|'.join(words)}|t-?shirt)(s|es)?\b", re.IGNORECASE)
     for found in items.values():
         given = [i.title for i in found if i.title is not None]  # type: ignore[attr-defined]
         share = sum(bool(anywhere.search(title)) for title in given) / len(given)
@@ -188,7 +189,7 @@ def test_a_vague_title_tells_nothing_of_the_category(modules: dict[str, ModuleTy
         for thing in (*words.named, *words.other, *words.details, *words.materials)
         for word in re.findall(r"[a-z]{4,}", thing.lower())
     }
-    neutral = {"with", "white", "black", "back", "from", "worn", "barely"}
+    neutral = {"with", "white", "black", "back", "from", "worn", "barely", "post"}  # "collection or post", "toe post"
     draw = random.Random(0)
     for split in titles.VAGUE:
         for _ in range(500):
@@ -226,7 +227,7 @@ def test_the_shipped_items_are_what_make_makes(tmp_path: Path, modules: dict[str
         modules["photos"].load_photos("t10k")
     except modules["photos"].PhotosMissing:
         pytest.skip("Fashion-MNIST is not installed")
-    planned = list(modules["make"].plan(60, "test", 0, modules["photos"].load_photos("t10k")[1]))
+    planned = list(islice(modules["make"].plan("test", 0, modules["photos"].load_photos("t10k")[1]), 60))
     shipped = {path.name: path for path in (SHIPPED / "media").iterdir() if not path.name.startswith("broken-")}
     expected = set()
     for item in planned:

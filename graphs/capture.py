@@ -121,6 +121,8 @@ def _why(name: str, module: nn.Module, error: Exception) -> str:
             where = f"{Path(code.co_filename).name}:{trace.tb_lineno}: {line}"
         trace = trace.tb_next
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "Constraints violated" in reason:
+        reason = "forward fixes the batch size: it loops over the rows, or reshapes or multiplies with their number"
     kind = type(module).__name__
     return (
         f"{name}: {kind} can't be captured as a graph"

@@ -25,6 +25,7 @@ from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
 
+_ROWS = 4  # CPU libraries treat the last rows of other batches apart: a row's last bit would depend on its place
 FULL = "all"  # what the last stage's exit is called
 
 
@@ -85,6 +86,9 @@ def resolve(config: Config) -> Resolved:
     for key, (value, reason) in decided.items():
         given = getattr(wanted, key)
         values[key], reasons[key] = (value, reason) if given == "auto" else (given, "configured")
+    if values["batch_size"] > 1 and values["batch_size"] % _ROWS:
+        values["batch_size"] += -values["batch_size"] % _ROWS
+        reasons["batch_size"] = f"configured as {wanted.batch_size}; rounded up to a multiple of {_ROWS}"
     reasons |= {"threads": f"{cores} cores", "decode_workers": f"{cores} cores"}
     return Resolved(**values, threads=cores, decode_workers=cores, reasons=reasons)
 

@@ -113,7 +113,7 @@ def _header(tally: Tally, run: Mapping[str, Any], title: str) -> str:
     lede = ""
     if never and len(tally.exits) > 1:
         were = "was" if never == 1 else "were"
-        words = f"Of {count(there, 'file')}, {never:,} {were} never opened: the answer was sure without."
+        words = f"Of {count(there, 'file')}, {never:,} {were} never opened, because an earlier exit was sure."
         lede = tag("p", words, cls="lede")
     figures = "".join(
         tag("div", tag("dt", escape(name)) + tag("dd", tag("b", value) + tag("span", escape(aside))))

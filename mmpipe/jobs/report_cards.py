@@ -49,7 +49,11 @@ def _story(tally: Tally, story: Story, cells: MediaCells) -> str:
         cell = cells.cell(shown.sample, shown.prediction, modality)
         columns.append(tag("li", tag("div", cell, cls="media"), cls="never"))
     head = tag("h3", title) + tag("p", words) + tag("p", user(shown.sample.id), cls="id")
-    return tag("article", head + tag("ol", "".join(columns), cls="trace", style=f"--columns:{max(3, len(columns))}"), cls="story")
+    return tag(
+        "article",
+        head + tag("ol", "".join(columns), cls="trace", style=f"--columns:{max(3, len(columns))}"),
+        cls="story",
+    )
 
 
 def _told(story: Story) -> tuple[str, str]:

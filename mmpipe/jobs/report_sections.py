@@ -25,7 +25,12 @@ def exit_kind(tally: Tally, name: str) -> str:
 
 def chip(tally: Tally, name: str) -> str:
     """An exit's name beside its colour."""
-    return tag("span", tag("i", cls=f"swatch {exit_kind(tally, name)}") + escape(name, 60), cls="chip")
+    return _chip(exit_kind(tally, name), name)
+
+
+def _chip(kind: str, words: str) -> str:
+    breakable = escape(words, 60).replace("+", "+<wbr>")
+    return tag("span", tag("i", cls=f"swatch {kind}") + tag("span", breakable), cls="chip")
 
 
 def section(name: str, title: str, content: str, intro: str = "") -> str:
@@ -50,18 +55,17 @@ def exits(tally: Tally) -> str:
 def flow(tally: Tally, without: int) -> str:
     """The stream of samples, each exit's part leaving in its own colour, with the numbers underneath."""
     parts = [(exit_kind(tally, name), tally.answered_by[name], name) for name in tally.exits]
-    all_chip = tag("span", tag("i", cls="swatch source") + "all samples", cls="chip")
-    cells = [all_chip + tag("b", f"{tally.rows:,}")]
+    cells = [tag("b", f"{tally.rows:,}") + _chip("source", "all samples")]
     reached = tally.rows - without
     for name in tally.exits:
         left = tally.answered_by[name]
         share = f"{percent(left, reached)} of the {reached:,} that came" if reached else "none came"
         share = f"the last {left:,}" if name == tally.exits[-1] and left else share
-        cells.append(chip(tally, name) + tag("b", f"{left:,}") + tag("span", share))
+        cells.append(tag("b", f"{left:,}") + chip(tally, name) + tag("small", share))
         reached -= left
     if without:
         parts.append(("none", without, "no answer"))
-        cells.append(tag("span", tag("i", cls="swatch none") + "no answer", cls="chip") + tag("b", f"{without:,}"))
+        cells.append(tag("b", f"{without:,}") + _chip("none", "no answer"))
     told = listed(f"{tally.answered_by[name]:,} at {name}" for name in tally.exits)
     chart = charts.flow(
         [(kind, amount, f"{name}: {amount:,}") for kind, amount, name in parts], f"Samples left: {told}"
@@ -169,7 +173,7 @@ def time(run: Mapping[str, Any]) -> str:
     bar = charts.stacked(told, "Time: " + listed(f"{name} {percent(value, whole)}" for name, value in parts.items()))
     rows = [
         [
-            tag("span", tag("i", cls=f"swatch {kinds[name]}") + escape(name), cls="chip"),
+            _chip(kinds[name], name),
             seconds(value),
             percent(value, whole),
         ]

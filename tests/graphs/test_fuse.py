@@ -92,13 +92,16 @@ class Listing(nn.Module):
         return torch.stack([row.mean(0) * len(frames.tolist()) for row in frames])
 
 
-@pytest.mark.parametrize("module", [Branching(), Listing()])
-def test_what_cannot_be_captured_names_module_operation_and_way_out(module, capfd):
+@pytest.mark.parametrize(
+    ("module", "operation"),
+    [(Branching(), "if frames.sum() > 0:"), (Listing(), "forward fixes the batch size: it loops over the rows")],
+)
+def test_what_cannot_be_captured_names_module_operation_and_way_out(module, operation, capfd):
     with pytest.raises(GraphError) as caught:
         capture(module, ROWS["audio"], name="audio")
     said = str(caught.value)
     assert said.startswith(f"audio: {type(module).__name__} can't be captured")
-    assert "test_fuse.py:" in said
+    assert operation in said
     assert "prepare()" in said
     assert capfd.readouterr() == ("", "")
 

@@ -185,3 +185,30 @@ def test_a_value_that_something_else_reads_is_not_folded_away():
 def test_order_of_branches_is_the_order_of_presence():
     graph = fused(PARTS, [])
     assert list(graph(*batch(1).values())["embeddings"]) == list(ORDER)
+
+
+def test_align_products_pads_the_inner_dimension_and_changes_nothing_else():
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(10, 7), nn.Linear(16, 3)
+            self.register_buffer("matrix", torch.randn(7, 16))
+
+        def forward(self, x):
+            return self.two(self.one(x) @ self.matrix)
+
+    graph, x = only(Module(), {"x": torch.zeros(10)}), torch.randn(3, 10)
+    want = run(graph, x)
+    assert passes.align_products(graph) == 2
+    assert targets(graph).count(aten.constant_pad_nd.default) == 2
+    assert (run(graph, x) - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def test_after_it_a_row_s_bits_do_not_depend_on_its_place():
+    torch.manual_seed(0)
+    graph = only(nn.Linear(65, 3), {"input": torch.zeros(65)})
+    passes.align_products(graph)
+    x = torch.randn(32, 65)
+    want = run(graph, x)
+    for shift in range(1, 32):
+        assert torch.equal(run(graph, x.roll(shift, 0)), want.roll(shift, 0))

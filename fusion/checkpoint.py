@@ -69,7 +69,7 @@ def save_checkpoint(
     meta = {"head": kind, "labels": list(labels), "modalities": dict(dims), "options": dict(options or {})}
     tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
     tensors |= {f"exits.{name}": tensor.contiguous() for name, tensor in (probes or {}).items()}
-    save_file(tensors, str(path), metadata={"mmpipe.head": json.dumps(meta, sort_keys=True)})
+    save_file(tensors, str(path), metadata={"mmpipe.head": json.dumps(meta)})
 
 
 TRAINED_HEADS: dict[str, Any] = {"linear": LinearHead, "transformer": TransformerHead}

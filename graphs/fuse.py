@@ -199,13 +199,11 @@ class _Joiner:
         shape = mark_of(state).shape
         assert shape is not None
         base = Mark(HEAD, copy=name)
-        features = shape[-1]
-        if features != probe.weight_LD.shape[1]:
-            raise GraphError(
-                f"exit {name}: its probe wants {probe.weight_LD.shape[1]} features, the layer has {features}"
-            )
+        features = probe.weight_LD.shape[1]
+        if features not in (shape[-1], shape[1]):
+            raise GraphError(f"exit {name}: its probe wants {features} features, the layer has {shape[-1]}")
         pooled = replace(base, shape=("B", features), dtype=torch.float32)
-        if len(shape) == 3 and probe.mask is not None:
+        if len(shape) == 3 and features == shape[-1] and probe.mask is not None:
             mask = self.made[f"{probe.branch}.{probe.mask}"]
             weight = replace(base, shape=(*(mark_of(mask).shape or ()), 1), dtype=torch.float32)
             mask_BT1 = self._node(aten.unsqueeze.default, (mask, -1), replace(weight, dtype=mark_of(mask).dtype))
@@ -215,8 +213,9 @@ class _Joiner:
             count = self._node(aten.sum.dim_IntList, (mask_BT1, [1]), replace(pooled, shape=("B", 1)))
             count = self._node(aten.clamp_min.default, (count, 1.0), replace(pooled, shape=("B", 1)))
             state = self._node(aten.div.Tensor, (total, count), pooled)
-        elif len(shape) > 2:
-            state = self._node(aten.mean.dim, (state, list(range(1, len(shape) - 1))), pooled)
+        elif len(shape) > 2:  # features last (tokens), else first (convolutions)
+            over = range(1, len(shape) - 1) if features == shape[-1] else range(2, len(shape))
+            state = self._node(aten.mean.dim, (state, list(over)), pooled)
         weight_node = self._constant(f"exit.{name.replace('.', '_')}.weight", probe.weight_LD, base)
         bias_node = self._constant(f"exit.{name.replace('.', '_')}.bias", probe.bias_L, base)
         logits = replace(base, shape=("B", probe.weight_LD.shape[0]), dtype=torch.float32)
@@ -224,8 +223,8 @@ class _Joiner:
 
     def _layer_output(self, branch: str, layer: int) -> fx.Node:
         """The last tensor of a layer that something outside the layer reads."""
-        inside = [n for n in self.graph.nodes if mark_of(n).branch == branch and mark_of(n).layer == layer]
-        outward = [n for n in inside if mark_of(n).batch_leads and any(user not in set(inside) for user in n.users)]
+        inside = {n: None for n in self.graph.nodes if mark_of(n).branch == branch and mark_of(n).layer == layer}
+        outward = [n for n in inside if mark_of(n).batch_leads and any(user not in inside for user in n.users)]
         if not outward:
             deepest = max((mark_of(n).layer or 0 for n in self.graph.nodes if mark_of(n).branch == branch), default=0)
             if layer <= deepest:

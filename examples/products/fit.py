@@ -94,11 +94,13 @@ def augment_title(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tup
 
 
 def augment_note(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Shift in time (up to 0.25 s) and in pitch (up to 2 bands), and hide two stretches of each."""
+    """Shift in time (up to 0.25 s) and in pitch (up to 4 bands), tilt the spectrum, and hide two stretches of each."""
     log_mel_BMF = inputs[0].float()
     batch, bands, frames = log_mel_BMF.shape
     log_mel_BMF = _gather_shifted(log_mel_BMF, torch.randint(-15, 16, (batch,), generator=generator), 2)
-    log_mel_BMF = _gather_shifted(log_mel_BMF, torch.randint(-2, 3, (batch,), generator=generator), 1)
+    log_mel_BMF = _gather_shifted(log_mel_BMF, torch.randint(-4, 5, (batch,), generator=generator), 1)
+    tilt_B11 = torch.rand(batch, 1, 1, generator=generator) * 0.8 - 0.4
+    log_mel_BMF = log_mel_BMF + tilt_B11 * torch.linspace(-1, 1, bands)[:, None]
     hidden = torch.zeros(batch, bands, frames, dtype=torch.bool)
     for size, longest, dim in ((bands, 8, 1), (frames, 14, 2)) * 2:
         start_B = torch.randint(0, size, (batch,), generator=generator)

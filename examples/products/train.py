@@ -35,7 +35,7 @@ class Sizes:
     titles: int = 20_000  # fresh ones each epoch
     title_epochs: int = 5
     notes: int = 30_000
-    note_epochs: int = 8
+    note_epochs: int = 14
     head_items: int = 5_000
     head_epochs: int = 60
     threshold_items: int = 3_000

@@ -6,7 +6,7 @@ Only what the pipeline used is opened; the rest is said to be unopened, and stay
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 THUMBNAIL_PIXELS = 160  # the longer side
 PLAYER_BYTES = 300_000  # a larger sound file gets its waveform only
 EMBEDDED_BYTES = 2_000_000  # of data URIs in one page; what comes later goes without
+_FOR_PICTURES = 500_000  # of those, which sounds must leave
 _WAVE_SECONDS, _WAVE_BARS = 60.0, 72
 _PLAYABLE = {
     ".wav": "audio/wav",
@@ -48,17 +49,13 @@ class MediaCells:
     thumbnails: bool
     limits: Limits
     left_bytes: int = EMBEDDED_BYTES
-    _made: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def cell(self, sample: Sample, prediction: Prediction, modality: str) -> str:
         """The cell of one modality, whatever became of it; nothing where the sample hasn't got it."""
         if modality in prediction.used:
             if not self.thumbnails:
                 return _note(modality, "opened", "used")
-            key = (sample.id, modality)
-            if key not in self._made:  # a sample can be shown more than once
-                self._made[key] = self._shown(sample, modality)
-            return self._made[key]
+            return self._shown(sample, modality)
         if modality in prediction.failed:
             return _note(modality, "could not be used", "broken")
         if modality in prediction.skipped:
@@ -102,13 +99,13 @@ class MediaCells:
         kind = _PLAYABLE.get(source.suffix.lower()) if isinstance(source, Path) else None
         if kind is None or source.stat().st_size > PLAYER_BYTES:
             return ""
-        uri = self._uri(kind, source.read_bytes())
+        uri = self._uri(kind, source.read_bytes(), leave_bytes=_FOR_PICTURES)
         return "" if uri is None else f'<audio controls preload="metadata" src="{uri}"></audio>'
 
-    def _uri(self, kind: str, content: bytes) -> str | None:
+    def _uri(self, kind: str, content: bytes, leave_bytes: int = 0) -> str | None:
         """The content as a data URI, while there is room for it."""
         encoded = base64.b64encode(content).decode("ascii")
-        if len(encoded) > self.left_bytes:
+        if len(encoded) > self.left_bytes - leave_bytes:
             return None
         self.left_bytes -= len(encoded)
         return f"data:{kind};base64,{encoded}"

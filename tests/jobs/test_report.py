@@ -184,7 +184,7 @@ def test_without_thumbnails_only_ids_are_shown(tmp_path: Path) -> None:
     assert not [a for _, a in page.elements if "src" in a]
     assert "size 4" not in page.text  # the end of every title
     assert not page.having("waveform")
-    assert len(page.having("card")) == 25  # 12 unsure, 12 drawn...
+    assert len(page.having("card")) == 24
     assert "4701" in page.text
 
 
@@ -198,7 +198,7 @@ HOSTILE = [
     "a" * 5000,
     "line\nbreak\ttab",
     "",
-    "&amp; &lt;",
+    "&amp;&lt;&#60;b>",
 ]
 
 
@@ -224,7 +224,7 @@ def test_what_users_wrote_is_only_ever_text(tmp_path: Path, words: str) -> None:
     assert tags == expected
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page.text)
-    assert "a" * (CUT + 1) not in page.text
+    assert "a" * 600 not in page.text
 
 
 @given(st.text(st.characters(codec=None), max_size=CUT * 6))
@@ -279,10 +279,10 @@ def test_the_page_stays_small_whatever_the_media(tmp_path: Path) -> None:
         items.append(item(sample, [("coat", 0.5), ("bag", 0.5), ("bag", 0.5 + index / 100)]))
     page = _report(tmp_path, tally_of(items))
     players = [a for tag, a in page.elements if tag == "audio"]
-    assert 1 <= len(players) <= 6
+    assert 1 <= len(players) <= 5
     assert len(page.having("waveform")) >= 24
     images = [a for tag, a in page.elements if tag == "img"]
-    assert images
+    assert len(images) == len(page.having("image")) >= 24
     assert all(max(int(a["width"]), int(a["height"])) == 160 for a in images)
 
 
@@ -339,7 +339,7 @@ def test_thousands_of_labels_and_many_exits(tmp_path: Path) -> None:
         seen = [(labels[index % 40], 0.3 + depth / 30) for depth in range(index % 13 + 1)]
         items.append(item(Sample(f"s{index}", {"image": tmp_path / "gone.jpg"}), seen, exits=exits))
     page = _report(tmp_path, tally_of(items, labels=labels, exits=exits))
-    assert "And 10 more classes, with 30 answers." in page.text
+    assert "And 10 classes more, with 30 answers." in page.text
     assert "1,960 labels of 2,000 got no answer" in page.text
     assert len(page.having("ribbon")) == 13
 

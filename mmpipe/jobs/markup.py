@@ -19,7 +19,7 @@ def escape(value: Any, cut: int = CUT) -> str:
     text = _SPACES.sub(" ", str(value)[: 4 * cut])
     if len(text) > cut or len(str(value)) > 4 * cut:
         text = text[: cut - 1].rstrip() + "…"
-    return html.escape(_UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text))
+    return (_UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def user(value: Any, cut: int = CUT) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmpipe.jobs import charts
-from mmpipe.jobs.markup import escape, listed, percent, tag, user
+from mmpipe.jobs.markup import count, escape, listed, percent, tag, user
 from mmpipe.jobs.media_cells import MediaCells
 from mmpipe.jobs.report_sections import chip, exit_kind, section
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("first", "decided", "settled")
 _TOP = 3
+_LONG = 4  # looks in a trace, above which those that changed nothing are left out
 
 
 def stories(tally: Tally, cells: MediaCells) -> str:
@@ -40,20 +41,32 @@ def samples(tally: Tally, cells: MediaCells) -> str:
 def _story(tally: Tally, story: Story, cells: MediaCells) -> str:
     shown = story.shown
     title, words = _told(story)
-    columns, seen = [], set[str]()
-    for step in shown.steps:
-        new = [modality for modality in step.opened if modality not in seen]
-        seen.update(new)
-        columns.append(_step(tally, shown, step, new, cells, is_last=step is shown.steps[-1]))
+    looks = _looks(shown.steps)
+    columns = [_step(tally, shown, step, new, cells, is_last=step is shown.steps[-1]) for step, new in looks]
     for modality in shown.prediction.skipped:
         cell = cells.cell(shown.sample, shown.prediction, modality)
         columns.append(tag("li", tag("div", cell, cls="media"), cls="never"))
+    if left_out := len(shown.steps) - len(looks):
+        are = "is" if left_out == 1 else "are"
+        words += f" {count(left_out, 'look')} between, which changed nothing, {are} left out."
     head = tag("h3", title) + tag("p", words) + tag("p", user(shown.sample.id), cls="id")
     return tag(
         "article",
         head + tag("ol", "".join(columns), cls="trace", style=f"--columns:{max(3, len(columns))}"),
         cls="story",
     )
+
+
+def _looks(steps: Sequence[Step]) -> list[tuple[Step, list[str]]]:
+    """The steps to show, each with the modalities that were opened for it. A long trace is cut to its turns."""
+    looks, seen, before = [], set[str](), ""
+    for step in steps:
+        new = [modality for modality in step.opened if modality not in seen]
+        if len(steps) <= _LONG or new or step.label != before or step is steps[-1]:
+            looks.append((step, new))
+        seen.update(new)
+        before = step.label
+    return looks
 
 
 def _told(story: Story) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def chip(tally: Tally, name: str) -> str:
 
 
 def _chip(kind: str, words: str) -> str:
-    breakable = escape(words, 60).replace("+", "+<wbr>")
+    breakable = escape(words, 60).replace("+", "+<wbr>").replace(".", ".<wbr>")
     return tag("span", tag("i", cls=f"swatch {kind}") + tag("span", breakable), cls="chip")
 
 

@@ -342,6 +342,9 @@ def test_thousands_of_labels_and_many_exits(tmp_path: Path) -> None:
     assert "And 10 classes more, with 30 answers." in page.text
     assert "1,960 labels of 2,000 got no answer" in page.text
     assert len(page.having("ribbon")) == 13
+    # Twelve looks said the same, and opened one file: the first and the last are shown.
+    assert "A deeper look (image.layer12) decided" in page.text
+    assert "10 looks between, which changed nothing, are left out." in page.text
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:

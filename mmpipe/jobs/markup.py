@@ -19,7 +19,7 @@ def escape(value: Any, cut: int = CUT) -> str:
     text = _SPACES.sub(" ", str(value)[: 4 * cut])
     if len(text) > cut or len(str(value)) > 4 * cut:
         text = text[: cut - 1].rstrip() + "…"
-    return (_UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text))
+    return html.escape(_UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def user(value: Any, cut: int = CUT) -> str:
@@ -70,8 +70,8 @@ def percent(part: float, whole: float = 1.0) -> str:
 
 
 def seconds(value: float) -> str:
-    """0.0042 → 4 ms; 3.2 → 3.2 s; 200 → 3 min 20 s; 4000 → 1 h 7 min."""
-    if value < 0.0995:
+    """0.141 → 141 ms; 3.2 → 3.2 s; 200 → 3 min 20 s; 4000 → 1 h 7 min."""
+    if value < 0.9995:
         return f"{1000 * value:.0f} ms"
     if value < 60:
         return f"{value:.1f} s"

@@ -84,7 +84,8 @@ def _told(story: Story) -> tuple[str, str]:
         changed = "changed that to" if first.label != last.label else "made sure of that:"
         gist = f"The {_saw(first)} alone said {said[first.exit]}; what came next {changed} {said[last.exit]}."
         return f"{what} decided", gist
-    gist = f"First it looked like {said[first.exit]}, then like {said[before.exit]}; in the end {said[last.exit]}."
+    end = "and that was confirmed:" if before.label == last.label else "in the end"
+    gist = f"First it looked like {said[first.exit]}, then like {said[before.exit]}; {end} {said[last.exit]}."
     return f"{what} settled it", gist
 
 

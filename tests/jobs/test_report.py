@@ -396,7 +396,8 @@ def test_nearly_all_is_not_all(share: float, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(0.0042, "4 ms"), (3.21, "3.2 s"), (59.97, "60.0 s"), (200, "3 min 20 s"), (4000, "1 h 6 min")]
+    ("value", "said"),
+    [(0.0042, "4 ms"), (0.141, "141 ms"), (3.21, "3.2 s"), (59.97, "60.0 s"), (200, "3 min 20 s"), (4000, "1 h 6 min")],
 )
 def test_seconds_in_words(value: float, said: str) -> None:
     assert seconds(value) == said

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpipe.answers import FULL
 from mmpipe.config import Config, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
@@ -26,7 +27,6 @@ from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
 
 _ROWS = 4  # CPU libraries treat the last rows of other batches apart: a row's last bit would depend on its place
-FULL = "all"  # what the last stage's exit is called
 
 
 @dataclass(frozen=True)
@@ -278,4 +278,4 @@ def _exit_spec(
     return ExitSpec(exit_.name, (place,), probe=Probe(place, int(layer), weight_LD, bias_L, mask))
 
 
-__all__ = ["FULL", "Built", "ConfigError", "Preparation", "Resolved", "build", "pull_weights", "resolve"]
+__all__ = ["Built", "ConfigError", "Preparation", "Resolved", "build", "pull_weights", "resolve"]

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from mmpipe import media
-from mmpipe.build import FULL, Built, Resolved, build, resolve
+from mmpipe.answers import FULL, Answers
+from mmpipe.build import Built, Resolved, build, resolve
 from mmpipe.config import Config, load
-from mmpipe.errors import InputError, MediaError, MmpipeError
+from mmpipe.errors import InputError
+from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.fusion import gate
 from mmpipe.graphs.backends import lower
@@ -49,6 +51,7 @@ class Pipeline:
         self.config = config
         self.resolved: Resolved = resolve(config)
         self._built: Built = build(config, say=say)
+        self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.Lock()
         self._cut: Cut | None = None
@@ -126,9 +129,8 @@ class Pipeline:
 
         No exits. A sample of which nothing could be read is a row of NaN: `predict` says why.
         """
-        dims = [preparation.dim for preparation in self._built.preparations.values()]
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
-        rows = np.full((len(found), sum(dims)), np.nan, dtype=np.float32)
+        rows = np.full((len(found), sum(self._dims.values())), np.nan, dtype=np.float32)
         size = self.config.output.shard_rows
         for start in range(0, len(found), size):
             predictions, _ = self.run(found[start : start + size], exits=False, embeddings=True)
@@ -161,7 +163,7 @@ class Pipeline:
         source, output = self.config.source, self.config.output
         return JobSettings(
             title=source.name or "mmpipe",
-            dims={name: preparation.dim for name, preparation in self._built.preparations.items()},
+            dims=self._dims,
             labels=self.labels,
             exits=tuple(exit_.name for exit_ in self.plan.exits) or (FULL,),
             shard_rows=output.shard_rows,
@@ -202,11 +204,19 @@ class Pipeline:
             workers = self.resolved.decode_workers
             ahead = media.Ahead(workers, self.resolved.memory_limit, items_ahead=2 * self.resolved.batch_size)
             with ahead:
-                feed = _Feed(samples, self._built, executor.plan, self._limits, ahead)
+                feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
                 outcome = executor.run(present_NM, feed, answered=answered)
             outcome.seconds["decode"] = feed.core_seconds
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
-        return self._predictions(samples, outcome, wanted), outcome
+        answers = Answers(
+            labels=self.labels,
+            dims=self._dims,
+            exits=tuple(exit_.name for exit_ in executor.plan.exits),
+            top_k=self.config.output.top_k,
+            probabilities=self.config.output.probabilities,
+            embeddings=wanted,
+        )
+        return answers.of(samples, outcome), outcome
 
     def _current_cut(self) -> Cut:
         if self._cut is None or self._cut_version != self.graph.version:
@@ -258,57 +268,6 @@ class Pipeline:
             raise InputError(f"sample {number} has only {', '.join(useless)}: this pipeline has no such encoder")
         return Sample(str(given.get("id", number)), offered)
 
-    def _predictions(self, samples: Sequence[Sample], outcome: Outcome, embeddings: bool) -> list[Prediction]:
-        unit = {
-            name: torch.nn.functional.normalize(table.to(torch.float32), dim=-1).numpy()
-            for name, table in (outcome.embeddings.items() if embeddings else ())
-        }
-        return [self._prediction(row, sample, outcome, unit) for row, sample in enumerate(samples)]
-
-    def _prediction(self, row: int, sample: Sample, outcome: Outcome, unit: Mapping[str, Any]) -> Prediction:
-        columns = list(self._built.preparations)
-        failures = outcome.failures.get(row, {})
-        present = tuple(name for name in columns if sample.media.get(name) is not None)
-        opened = [bool(flag) for flag in outcome.opened_NM[row].tolist()]
-        used = tuple(n for n, flag in zip(columns, opened, strict=True) if flag and n not in failures)
-        exit_index = int(outcome.exit_N[row])
-        errors = [str(failures[name]) for name in columns if name in failures]
-        if exit_index < 0 and used:
-            errors.append("head:not_finite: the model's output is not a number")
-        if not present:
-            errors.append(f"sample:no_media: has none of {', '.join(columns)}")
-        fields: dict[str, Any] = {}
-        answered = exit_index >= 0
-        if answered and outcome.probabilities_NL is not None:
-            p_L = outcome.probabilities_NL[row].numpy()
-            best = np.argsort(-p_L, kind="stable")[: self.config.output.top_k]
-            fields["label"] = self.labels[best[0]]
-            fields["confidence"] = float(outcome.confidence_N[row])
-            fields["top_k"] = tuple((self.labels[index], float(p_L[index])) for index in best)
-            if self.config.output.probabilities:
-                fields["probabilities"] = tuple(p_L.tolist())
-        if answered:
-            fields["answered_by"] = self.plan.exits[exit_index].name if self.plan.exits else FULL
-        if unit and answered:
-            has = {name: bool(outcome.embedded_NM[row, column]) for column, name in enumerate(columns)}
-            fields["embeddings"] = {name: unit[name][row].copy() for name in columns if has[name]}
-            if all(has[name] for name in present if name not in failures):
-                dims = [preparation.dim for preparation in self._built.preparations.values()]
-                blank = [np.zeros(dim, dtype=np.float32) for dim in dims]
-                parts = [unit[n][row] if has[n] else zero for n, zero in zip(columns, blank, strict=True)]
-                fields["embedding"] = np.concatenate(parts)
-        return Prediction(
-            id=sample.id,
-            status="failed" if not answered else "partial" if failures else "ok",
-            error="; ".join(errors) or None,
-            present=present,
-            used=used,
-            skipped=tuple(n for n in present if n not in used and n not in failures),
-            failed=tuple(n for n in columns if n in failures),
-            keep=sample.keep,
-            **fields,
-        )
-
     def close(self) -> None:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
@@ -320,58 +279,3 @@ class Pipeline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-class _Feed:
-    """Opens and prepares media on threads, ahead of the model, within the bound on memory."""
-
-    def __init__(
-        self, samples: Sequence[Sample], built: Built, plan: Plan, limits: media.Limits, ahead: media.Ahead
-    ) -> None:
-        self.samples, self.built, self.limits, self.ahead = samples, built, limits, ahead
-        self.values = {value.name: value for value in plan.values}
-        self.core_seconds = 0.0  # spent decoding and preparing, on all workers
-        self._lock = threading.Lock()
-
-    def __call__(self, branch: str, rows: Sequence[int]) -> Iterator[Mapping[str, Tensor] | MediaError]:
-        preparation = self.built.preparations[branch]
-
-        def load(row: int) -> Mapping[str, Tensor] | MediaError:
-            clock = time.thread_time()
-            try:
-                source = self.samples[row].media[branch]
-                medium = media.load(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
-                return self._checked(branch, self._prepared(branch, medium))
-            except MediaError as error:
-                return error
-            finally:
-                with self._lock:
-                    self.core_seconds += time.thread_time() - clock
-
-        def cost(row: int) -> int:
-            source = self.samples[row].media[branch]
-            return media.estimate_bytes(branch, source, self.limits, preparation.max_seconds)
-
-        return self.ahead.map(load, rows, cost)
-
-    def _prepared(self, branch: str, medium: Any) -> Mapping[str, Tensor]:
-        try:
-            with torch.inference_mode():
-                return self.built.preparations[branch].prepare(medium)
-        except MmpipeError:
-            raise
-        except Exception as error:  # a user's own code may raise anything; one sample must not end a job
-            raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error
-
-    def _checked(self, branch: str, prepared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Every sample's tensors have the shapes that the graph was captured with; else they'd spread to others."""
-        for name, tensor in prepared.items():
-            value = self.values[f"{branch}.{name}"]
-            if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype:
-                raise MediaError(
-                    branch,
-                    "wrong_shape",
-                    f"prepare() made {name} {tuple(tensor.shape)} {tensor.dtype}; "
-                    f"the graph has {value.shape} {value.dtype}",
-                )
-        return prepared

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from mmpipe.errors import Interrupted
+from mmpipe.errors import Interrupted, MmpipeError
 from mmpipe.jobs import shards
 from mmpipe.jobs.output import claimed, writing
 from mmpipe.jobs.progress import Progress, Silent
@@ -65,6 +65,7 @@ class Summary:
     run: Mapping[str, Any]
     tally: Tally
     max_failed: float
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
 
     def exit_code(self, *, strict: bool = False) -> int:
         """0 done; 3 more rows failed than allowed (strict: any failed or partial)."""
@@ -84,7 +85,8 @@ def run_job(
 ) -> Summary:
     """Run the samples of `listing` (the first `limit`) into `folder`.
 
-    Raises OutputError, and Interrupted at Ctrl-C or SIGTERM: whole shards, run.json and the report stay.
+    Raises OutputError; Interrupted at Ctrl-C or SIGTERM; MmpipeError where a model or the disk fails. However it ends,
+    whole shards stay, and run.json and the report tell of them.
     """
     progress = progress or Silent()
     settings = engine.job_settings()
@@ -93,27 +95,31 @@ def run_job(
     tally = Tally(settings.labels, settings.exits, tuple(settings.dims))
     tally.spend("fuse", settings.build_seconds)
     began = time.perf_counter()
-    with claimed(folder, mode):
+    with claimed(folder, mode), _Signals() as signals:
         fingerprints = engine.fingerprints(samples)
-        interrupted: Interrupted | None = None
+        stopped: MmpipeError | None = None
         progress.start(len(samples), "predicting")
         try:
-            with _signals():
-                for number, start in enumerate(range(0, len(samples), settings.shard_rows)):
-                    shard = samples[start : start + settings.shard_rows]
+            for number, start in enumerate(range(0, len(samples), settings.shard_rows)):
+                shard = samples[start : start + settings.shard_rows]
+                with signals.raised():
                     predictions, outcome = engine.run(shard, answered=progress.advance)
-                    clock = time.perf_counter()
-                    with writing(folder):
-                        shards.write_shard(folder / shards.FOLDER, number, shards.table(predictions, columns))
-                    tally.spend("write", time.perf_counter() - clock)
-                    tally.add(shard, predictions, outcome)
-        except Interrupted as error:
-            interrupted = error
+                clock = time.perf_counter()
+                with writing(folder):
+                    shards.write_shard(folder / shards.FOLDER, number, shards.table(predictions, columns))
+                tally.spend("write", time.perf_counter() - clock)
+                tally.add(shard, predictions, outcome)
+        except MmpipeError as error:
+            stopped = error
+        except MemoryError as error:
+            stopped = MmpipeError("out of memory: a smaller output.shard_rows or runtime.batch_size needs less")
+            stopped.__cause__ = error
         finally:
             progress.finish()
         seconds = time.perf_counter() - began
-        run = _run_json(settings, tally, fingerprints, seconds, interrupted is not None)
-        with writing(folder):
+        run = _run_json(settings, tally, fingerprints, seconds, stopped)
+        # A disk that is full stays full: what stopped the job is then what to tell.
+        with contextlib.suppress(MmpipeError) if stopped else contextlib.nullcontext(), writing(folder):
             with shards.replacing(folder / "run.json") as temporary:
                 temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             write_report(
@@ -124,35 +130,50 @@ def run_job(
                 thumbnails=settings.thumbnails,
                 limits=settings.limits,
             )
-    if interrupted is not None:
-        raise interrupted
-    return Summary(folder, run, tally, settings.max_failed)
+    if stopped is not None:
+        raise stopped
+    return Summary(folder, run, tally, settings.max_failed, settings.limits)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Interrupted, once; later ones are ignored until what is under way has been closed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers; its owner decides
-        return
+class _Signals:
+    """Ctrl-C and SIGTERM. Within `raised()` they raise Interrupted; elsewhere (a shard is being committed, the report
+    written) they are remembered until `raised()` begins again."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(number)
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._raises = False
+        self._before: dict[int, Any] = {}
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, interrupt)
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set; else its owner decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # nohup, or a handler that isn't Python's
+                    self._before[number] = signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        if self._raises:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        try:
+            self._raises = True
+            if self._number is not None:
+                raise Interrupted(self._number)
+            yield
+        finally:
+            self._raises = False
 
 
 def _run_json(
-    settings: JobSettings, tally: Tally, fingerprints: Mapping[str, str], seconds: float, interrupted: bool
+    settings: JobSettings, tally: Tally, fingerprints: Mapping[str, str], seconds: float, stopped: MmpipeError | None
 ) -> dict[str, Any]:
     spent = dict(tally.seconds)
     parts = {
@@ -170,7 +191,8 @@ def _run_json(
             "segments": {name: round(value, 4) for name, value in sorted(spent.items())},
         },
         "errors": dict(tally.errors.most_common()),
-        "interrupted": interrupted,
+        "interrupted": isinstance(stopped, Interrupted),
+        "stopped": str(stopped) if stopped else None,  # why not all samples have a row
         "resolved": dict(settings.resolved),
         "fingerprints": dict(fingerprints),
         "versions": dict(settings.versions),

@@ -3,45 +3,110 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmpipe.errors import MmpipeError, OutputError
-from mmpipe.jobs.shards import FOLDER
+from mmpipe.jobs.shards import FOLDER, is_shard
 
 _LOCK = ".mmpipe.lock"
-_FILES = ("run.json", "report.html")
+_RUN, _REPORT = "run.json", "report.html"
+_REPLACED = re.compile(r"part-\d{5,}\.parquet")
+_UNFINISHED = re.compile(r"\.(part-\d{5,}\.parquet|run\.json|report\.html)\.tmp")  # of a run that was killed
+
+
+def refuse(folder: Path, mode: str, *, inside: Path | None = None) -> None:
+    """Raise what `claimed` would raise, and change nothing: called before models are loaded.
+
+    `inside`: the input folder. An output within it would be listed with the media by the next run: OutputError.
+    """
+    if inside is not None and _resolved(folder).is_relative_to(_resolved(inside)):
+        raise OutputError(
+            f"the output {folder} lies inside the input {inside}, where the next run would look for media: "
+            "give an --output beside it"
+        )
+    with contextlib.suppress(OSError):  # whatever can't be looked at is found out by claiming it
+        if not folder.exists():
+            near = next(parent for parent in folder.absolute().parents if parent.exists())
+            if not near.is_dir():
+                raise OutputError(f"{near} is a file; the output is a folder")
+            if not os.access(near, os.W_OK | os.X_OK):
+                raise OutputError(f"{folder} can't be made: {near} can't be written to")
+            return
+    with _held(folder):
+        _replaceable(folder, mode)
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, mode: str) -> Iterator[None]:
     """Hold the folder for one run. OutputError (exit code 4) where it is in use, or not empty and `mode` is "new".
 
-    "overwrite" removes what mmpipe writes (predictions/part-*.parquet, run.json, report.html), and nothing else.
+    "overwrite" removes what mmpipe wrote (predictions/part-*.parquet, run.json, report.html), and nothing else: files of
+    these names that are not mmpipe's are an OutputError.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise OutputError(f"{folder} is a file; the output is a folder") from error
-    except OSError as error:
-        raise OutputError(f"{folder} can't be made: {error.strerror}") from error
-    with _locked(folder):
-        found = sorted(entry.name for entry in folder.iterdir() if entry.name != _LOCK)
-        if found and mode != "overwrite":
-            raise OutputError(
-                f"{folder} is not empty ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}): "
-                "give another folder, or --mode overwrite to replace what mmpipe wrote there"
-            )
-        for path in _ours(folder):
-            path.unlink()
+    with _held(folder):
+        for path in _replaceable(folder, mode):
+            with writing(folder):
+                path.unlink()
         yield
 
 
-def _ours(folder: Path) -> list[Path]:
-    parts = folder / FOLDER
-    found = [*parts.glob("part-*.parquet"), *parts.glob(".part-*.tmp")] if parts.is_dir() else []
-    return [*found, *(folder / name for name in _FILES if (folder / name).is_file())]
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    try:
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        found = folder if folder.is_dir() is False else folder / FOLDER
+        raise OutputError(f"{found} is a file where a folder has to be") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OutputError(f"{folder} can't be made: {getattr(error, 'strerror', None) or error}") from error
+    if not os.access(folder / FOLDER, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder / FOLDER} can't be written to")
+    with _locked(folder):
+        yield
+
+
+def _replaceable(folder: Path, mode: str) -> list[Path]:
+    """What mmpipe wrote there before. Raises where there is anything and `mode` is not "overwrite"."""
+    try:
+        inside = sorted((folder / FOLDER).iterdir())
+        beside = sorted(path for path in folder.iterdir() if path.name not in (_LOCK, FOLDER))
+    except OSError as error:
+        raise OutputError(f"{folder} can't be read: {error.strerror}") from error
+    names = [path.name for path in beside] + [f"{FOLDER}/{path.name}" for path in inside]
+    if names and mode != "overwrite":
+        raise OutputError(
+            f"{folder} is not empty ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}): "
+            "give another folder, or --mode overwrite to replace what mmpipe wrote there"
+        )
+    ours = [path for path in inside if _REPLACED.fullmatch(path.name)]
+    ours += [path for path in beside if path.name in (_RUN, _REPORT)]
+    for path in ours:
+        if not _is_ours(path):
+            raise OutputError(f"{path} was not written by mmpipe, and would be replaced: give another folder")
+    return ours + [path for path in (*inside, *beside) if _UNFINISHED.fullmatch(path.name)]
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix == ".parquet":
+        return is_shard(path)
+    try:
+        if path.name == _REPORT:
+            with path.open("rb") as file:
+                return b"mmpipe" in file.read(4096)
+        return "fingerprints" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a link to itself
+        return path.absolute()
 
 
 @contextlib.contextmanager
@@ -53,18 +118,30 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"{folder} can't be written to: {error.strerror}") from error
     try:
+        _lock(handle, path, folder)
         try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks here: two runs into one folder are then the user's to avoid
-            pass
-        except BlockingIOError as error:
-            raise OutputError(f"{folder} is in use by another run") from error
-        yield
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: whoever opened it sees below that it is no longer the lock
     finally:
-        path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _lock(handle: int, path: Path, folder: Path) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is in use by another run") from error
+    except (ImportError, OSError):  # no such locks here: two runs into one folder are then the user's to avoid
+        return
+    try:
+        same = os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        same = False
+    if not same:
+        raise OutputError(f"{folder} was in use by another run until now: try again")
 
 
 @contextlib.contextmanager

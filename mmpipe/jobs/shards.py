@@ -70,6 +70,8 @@ def _column(predictions: Sequence[Prediction], field: pa.Field) -> pa.Array:
         return _vectors(found, field.type)
     elif name == "embedding":
         return _vectors([row.embedding for row in predictions], field.type)
+    elif name == "error":  # may quote what a user's own code raised: half characters can't be written
+        values = [row.error and row.error.encode("utf-8", "backslashreplace").decode() for row in predictions]
     elif name in Prediction.__dataclass_fields__ and name != "keep":
         values = [getattr(row, name) for row in predictions]
     else:
@@ -94,6 +96,14 @@ def write_shard(folder: Path, number: int, rows: pa.Table) -> Path:
     return path
 
 
+def is_shard(path: Path) -> bool:
+    """Whether mmpipe wrote this file: its metadata says so."""
+    try:
+        return b"mmpipe.schema" in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
 class replacing:
     """`with replacing(path) as temporary:` write the temporary; it becomes `path` on success, is removed on failure."""
 
@@ -105,12 +115,15 @@ class replacing:
         return self._temporary
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                with open(self._temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(self._temporary, self._path)
+        finally:
             self._temporary.unlink(missing_ok=True)
+        if kind is not None:
             return
-        with open(self._temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(self._temporary, self._path)
         if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
             folder = os.open(self._path.parent, os.O_DIRECTORY)
             try:

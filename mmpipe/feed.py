@@ -1,0 +1,77 @@
+"""From files to rows: what the executor asks for is opened, decoded and prepared on threads, ahead of the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpipe import media
+from mmpipe.build import Preparation
+from mmpipe.errors import MediaError, MmpipeError
+from mmpipe.graphs.plan import Plan
+from mmpipe.types import Sample
+
+
+class Feed:
+    """Opens and prepares media on threads, ahead of the model, within the bound on memory."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preparations: Mapping[str, Preparation],
+        plan: Plan,
+        limits: media.Limits,
+        ahead: media.Ahead,
+    ) -> None:
+        self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
+        self.values = {value.name: value for value in plan.values}
+        self.core_seconds = 0.0  # spent decoding and preparing, on all workers
+        self._lock = threading.Lock()
+
+    def __call__(self, branch: str, rows: Sequence[int]) -> Iterator[Mapping[str, Tensor] | MediaError]:
+        preparation = self.preparations[branch]
+
+        def load(row: int) -> Mapping[str, Tensor] | MediaError:
+            clock = time.thread_time()
+            try:
+                source = self.samples[row].media[branch]
+                medium = media.load(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
+                return self._checked(branch, self._prepared(branch, medium))
+            except MediaError as error:
+                return error
+            finally:
+                with self._lock:
+                    self.core_seconds += time.thread_time() - clock
+
+        def cost(row: int) -> int:
+            source = self.samples[row].media[branch]
+            return media.estimate_bytes(branch, source, self.limits, preparation.max_seconds)
+
+        return self.ahead.map(load, rows, cost)
+
+    def _prepared(self, branch: str, medium: Any) -> Mapping[str, Tensor]:
+        try:
+            with torch.inference_mode():
+                return self.preparations[branch].prepare(medium)
+        except MmpipeError:
+            raise
+        except Exception as error:  # a user's own code may raise anything; one sample must not end a job
+            raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error
+
+    def _checked(self, branch: str, prepared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Every sample's tensors have the shapes that the graph was captured with; else they'd spread to others."""
+        for name, tensor in prepared.items():
+            value = self.values[f"{branch}.{name}"]
+            if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype:
+                raise MediaError(
+                    branch,
+                    "wrong_shape",
+                    f"prepare() made {name} {tuple(tensor.shape)} {tensor.dtype}; "
+                    f"the graph has {value.shape} {value.dtype}",
+                )
+        return prepared

@@ -26,6 +26,8 @@ from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
 
+# Operations on few numbers end before a second thread has begun; on a busy machine waiting for it costs 40 times more.
+_NUMBERS_FOR_THREADS = 5_000_000
 _ROWS = 4  # CPU libraries treat the last rows of other batches apart: a row's last bit would depend on its place
 
 
@@ -69,8 +71,8 @@ class Resolved:
     reasons: Mapping[str, str]
 
 
-def resolve(config: Config) -> Resolved:
-    """Decide what the configuration leaves open, from this machine alone."""
+def resolve(config: Config, graph: FusedGraph) -> Resolved:
+    """Decide what the configuration leaves open, from this machine and the size of the graph."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = config.runtime
     decided: dict[str, tuple[Any, str]] = {
@@ -89,8 +91,13 @@ def resolve(config: Config) -> Resolved:
     if values["batch_size"] > 1 and values["batch_size"] % _ROWS:
         values["batch_size"] += -values["batch_size"] % _ROWS
         reasons["batch_size"] = f"configured as {wanted.batch_size}; rounded up to a multiple of {_ROWS}"
-    reasons |= {"threads": f"{cores} cores", "decode_workers": f"{cores} cores"}
-    return Resolved(**values, threads=cores, decode_workers=cores, reasons=reasons)
+    numbers = sum(tensor.numel() for tensor in graph.buffers())
+    threads = cores if numbers >= _NUMBERS_FOR_THREADS else 1
+    reasons |= {
+        "threads": f"{cores} cores" if threads > 1 else f"{numbers:,} numbers: too few for threads to pay",
+        "decode_workers": f"{cores} cores",
+    }
+    return Resolved(**values, threads=threads, decode_workers=cores, reasons=reasons)
 
 
 def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Built:

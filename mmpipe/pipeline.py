@@ -49,8 +49,8 @@ class Pipeline:
     def __init__(self, config: Config, *, say: Callable[[str], None] = lambda text: None) -> None:
         began = time.perf_counter()
         self.config = config
-        self.resolved: Resolved = resolve(config)
         self._built: Built = build(config, say=say)
+        self.resolved: Resolved = resolve(config, self._built.graph)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.Lock()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +23,7 @@ from mmpipe.errors import ConfigError, Interrupted, MmpipeError
 
 if TYPE_CHECKING:
     from mmpipe.config import Config
+    from mmpipe.media import Listing
 
 app = typer.Typer(
     name="mmpipe",
@@ -44,29 +47,50 @@ SetOption = Annotated[
 
 def main() -> None:
     """Entry point: errors become one message and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that can't show a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=True)
+        app()
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:  # `mmpipe … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(130)
 
 
 @contextmanager
-def _reporting() -> Iterator[None]:
+def _reporting(*, as_json: bool = False) -> Iterator[None]:
     """MmpipeError → message on standard error and its exit code."""
     try:
-        yield
+        with _results():
+            yield
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, as_json)
     except Interrupted as error:
-        _fail(f"{error}: what was committed stays", error.exit_code)
+        _fail(f"{error}: what was committed is complete", error.exit_code, as_json)
     except MmpipeError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, as_json)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"mmpipe: {message}", file=sys.stderr)  # noqa: T201 - the command line's own voice
-    raise typer.Exit(code) if code not in (130, 143) else SystemExit(code)
+@contextmanager
+def _results() -> Iterator[None]:
+    """Printing of results: a reader that goes away (`| head`) is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: int, as_json: bool) -> NoReturn:
+    _say(f"mmpipe: {message}", event="error" if as_json else None)
+    raise typer.Exit(code)
+
+
+def _say(text: str, event: str | None = None) -> None:
+    """A line on standard error: plain, or as JSON where `event` is given."""
+    from mmpipe.jobs.progress import visible
+
+    line = visible(text, "\n") if event is None else json.dumps({"event": event, "text": text})
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - the command line's own voice
 
 
 def _print(text: str = "") -> None:
@@ -91,40 +115,48 @@ def options(
 @app.command()
 def run(
     config: ConfigArgument,
-    input: Annotated[
-        Path | None, typer.Option(help="Folder or manifest to read instead of the configuration's.")
-    ] = None,
+    input: InputOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write into.")] = None,
     set_: SetOption = None,
-    mode: Annotated[str, typer.Option(help="overwrite: replace what mmpipe wrote into the output before.")] = "new",
+    mode: Annotated[
+        str, typer.Option(metavar="overwrite", help="overwrite: replace what mmpipe wrote into the output before.")
+    ] = "new",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when any sample failed, even partly.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Progress as JSON lines, the summary as JSON.")] = False,
 ) -> None:
-    """Run a folder of media: one row of predictions per sample, run.json and report.html."""
-    with _reporting():
-        if mode not in ("new", "overwrite"):
-            hint = "resume is not implemented yet; " if mode == "resume" else ""
-            raise ConfigError(f"{mode!r} can't be used", where="--mode", hint=f"{hint}use overwrite, or leave it out")
+    """Run a folder of media: one row of predictions per sample, run.json and report.html.
+
+    The output folder must be new or empty, and not inside the input folder.
+    """
+    with _reporting(as_json=json_):
+        from mmpipe.jobs.output import check_mode
+
+        check_mode(mode)
+        loaded = _load(config, set_)
+        listing, folder = _job(loaded, input, output, mode)
         from mmpipe.jobs.progress import for_stream
 
         progress = for_stream(as_json=json_)
-        loaded = _load(config, set_)
-        _refuse_early(loaded, output, mode)
         progress.say(f"building {loaded.source.name or config}")
+        from mmpipe.jobs.job import run_job
         from mmpipe.pipeline import Pipeline
 
-        with Pipeline(loaded, say=progress.say if not json_ else lambda text: None) as pipeline:
+        with Pipeline(loaded, say=progress.say) as pipeline:
             for note in pipeline.notes:
                 progress.say(f"note: {note}")
-            summary = pipeline.run_folder(input, output, mode=mode, limit=limit, progress=progress)
-        if json_:
-            _print(json.dumps(summary.run, ensure_ascii=False))
-        else:
-            from mmpipe.jobs.terminal import show_summary
+            summary = run_job(pipeline, listing, folder, mode=mode, limit=limit, progress=progress)
+        with _results():
+            if json_:
+                _print(json.dumps(summary.run, ensure_ascii=False))
+            else:
+                from mmpipe.jobs.terminal import show_summary
 
-            show_summary(summary, packaged=loaded.source.name if loaded.source.packaged else None)
-        raise typer.Exit(summary.exit_code(strict=strict))
+                show_summary(summary, packaged=loaded.source.name if loaded.source.packaged else None)
+        code = summary.exit_code(strict=strict)
+        if code:
+            progress.say(f"exit code {code}: {summary.verdict(strict=strict)}")
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -139,10 +171,11 @@ def predict(
     with _reporting():
         if image is None and text is None and audio is None:
             raise ConfigError("nothing to predict", hint="give --image, --text or --audio")
+        loaded = _load(config, set_)
+        words: Any = Path(text[1:]) if text is not None and text.startswith("@") else text
         from mmpipe.pipeline import Pipeline
 
-        words: Any = Path(text[1:]) if text is not None and text.startswith("@") else text
-        with Pipeline(_load(config, set_)) as pipeline:
+        with Pipeline(loaded) as pipeline:
             prediction = pipeline(image=image, text=words, audio=audio)
         _print(json.dumps(_plain(prediction), ensure_ascii=False, indent=2))
         raise typer.Exit(1 if prediction.status == "failed" else 0)
@@ -151,22 +184,20 @@ def predict(
 @app.command()
 def check(
     config: ConfigArgument,
-    input: Annotated[
-        Path | None, typer.Option(help="Folder or manifest to read instead of the configuration's.")
-    ] = None,
+    input: InputOption = None,
     set_: SetOption = None,
 ) -> None:
     """Validate a configuration, pair and count its input. Loads no model, opens no medium."""
     with _reporting():
+        from mmpipe.jobs.progress import visible
         from mmpipe.jobs.terminal import show_listing
-        from mmpipe.listing import find_samples
 
         loaded = _load(config, set_)
-        _print(f"{loaded.source.file or config}: the configuration is valid")
+        _print(f"{visible(str(loaded.source.file or config))}: the configuration is valid")
         if input is None and loaded.input.folder is None and loaded.input.manifest is None:
             _print("no input is configured: give --input PATH to see what it holds")
             return
-        show_listing(find_samples(loaded, input), loaded.modalities)
+        show_listing(_samples(loaded, input), loaded.modalities)
 
 
 @app.command()
@@ -177,21 +208,29 @@ def init(
 ) -> None:
     """Write a configuration for a folder: looks at how its files pair up."""
     with _reporting():
+        from mmpipe.jobs.progress import visible
         from mmpipe.jobs.terminal import show_listing
         from mmpipe.starter import write_starter
 
-        path, listing, modalities = write_starter(folder, output, force=force)
-        show_listing(listing, modalities)
-        _print(f"\nwrote {path}\nnext: put your labels into it, then\n  mmpipe pull {path}\n  mmpipe run {path}")
+        starter = write_starter(folder, output, force=force)
+        show_listing(starter.pairing.listing, starter.pairing.modalities)
+        path = visible(str(starter.path))
+        for note in starter.notes:
+            _print(f"note: {visible(note)}")
+        _print(f"\nwrote {path}")
+        _print(
+            f"next: put your labels into it, then\n  mmpipe pull {shlex.quote(path)}\n  mmpipe run {shlex.quote(path)}"
+        )
 
 
 @app.command()
 def pull(config: ConfigArgument, set_: SetOption = None) -> None:
     """Fetch the weights of a configuration's models ahead of time."""
     with _reporting():
+        loaded = _load(config, set_)
         from mmpipe.build import pull_weights
 
-        for modality, model, files in pull_weights(_load(config, set_), say=_say):
+        for modality, model, files in pull_weights(loaded, say=_say):
             size = sum(os.path.getsize(file) for file in files if os.path.exists(file))
             _print(f"{modality}: {model}: {len(files)} files, {size / 1e6:.1f} MB" + (f", {files[0]}" if files else ""))
 
@@ -199,13 +238,10 @@ def pull(config: ConfigArgument, set_: SetOption = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
-    from mmpipe.config import json_schema
+    with _reporting():
+        from mmpipe.config import json_schema
 
-    _print(json.dumps(json_schema(), indent=2))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201 - progress
+        _print(json.dumps(json_schema(), indent=2))
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
@@ -214,14 +250,26 @@ def _load(config: str, overrides: list[str] | None) -> Config:
     return load(config, overrides=overrides or [])
 
 
-def _refuse_early(config: Config, output: Path | None, mode: str) -> None:
-    """An output that would be refused is refused before models are loaded."""
-    from mmpipe.jobs.output import claimed
+def _samples(config: Config, input: Path | None) -> Listing:
+    """What there is to read; refuses kept columns whose names the output needs."""
+    from mmpipe.jobs import shards
+    from mmpipe.listing import find_samples
+
+    listing = find_samples(config, input)
+    shards.schema(dict.fromkeys(config.modalities, 1), 1, listing.keep_types)
+    return listing
+
+
+def _job(config: Config, input: Path | None, output: Path | None, mode: str) -> tuple[Listing, Path]:
+    """Input and output of a run: what would be refused is refused before models are loaded."""
+    from mmpipe.jobs.output import refuse
+    from mmpipe.listing import input_root
 
     folder = output if output is not None else config.output_folder
-    if folder is not None and folder.exists() and mode == "new":
-        with claimed(folder, mode):
-            pass
+    if folder is None:
+        raise config.error("output.folder", "no output folder", "set output.folder, or give --output DIR")
+    refuse(folder, mode, inside=input_root(config, input))
+    return _samples(config, input), folder
 
 
 def _plain(prediction: Any) -> dict[str, Any]:

@@ -6,17 +6,13 @@ from pathlib import Path
 
 from mmpipe import media
 from mmpipe.config import Config
+from mmpipe.media.manifest import MANIFEST_SUFFIXES
 
 
 def find_samples(config: Config, folder: str | Path | None = None) -> media.Listing:
     """The samples of `folder` (or a manifest's path), or of the configuration's input. Loads no model."""
     settings = config.input
-    manifest = config.resolve(settings.manifest) if settings.manifest else None
-    root = config.resolve(settings.folder) if settings.folder else None
-    if folder is not None:
-        given = Path(folder)
-        is_manifest = given.suffix.lower() in (".csv", ".jsonl", ".parquet") and not given.is_dir()
-        manifest, root = (given, None) if is_manifest else (None, given)
+    root, manifest = _given(config, folder)
     if manifest is None and root is None:
         raise config.error("input", "nothing to read", "set input.folder or input.manifest, or give --input PATH")
     return media.find(
@@ -29,3 +25,20 @@ def find_samples(config: Config, folder: str | Path | None = None) -> media.List
         multiple=settings.multiple,
         modalities=config.modalities,
     )
+
+
+def input_root(config: Config, folder: str | Path | None = None) -> Path | None:
+    """The folder that `find_samples` looks through; None for a manifest."""
+    return _given(config, folder)[0]
+
+
+def _given(config: Config, folder: str | Path | None) -> tuple[Path | None, Path | None]:
+    """(folder, manifest): what was given, else what is configured; a manifest comes before a folder."""
+    if folder is not None:
+        given = Path(folder)
+        is_manifest = given.suffix.lower() in MANIFEST_SUFFIXES and not given.is_dir()
+        return (None, given) if is_manifest else (given, None)
+    settings = config.input
+    if settings.manifest:
+        return None, config.resolve(settings.manifest)
+    return (config.resolve(settings.folder) if settings.folder else None), None

@@ -32,8 +32,9 @@ from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.jobs.job import JobSettings, Summary, run_job
+from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
-from mmpipe.listing import find_samples
+from mmpipe.listing import find_samples, input_root
 from mmpipe.runtime.executor import Executor, Gate, Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -156,6 +157,7 @@ class Pipeline:
         out = Path(output) if output is not None else self.config.output_folder
         if out is None:
             raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
+        refuse(out, mode, inside=input_root(self.config, folder))
         return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
 
     def job_settings(self) -> JobSettings:

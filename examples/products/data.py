@@ -6,7 +6,7 @@ Shapes: N sample, M mel band or modality, F frame.
 from __future__ import annotations
 
 import random as random_module
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -50,14 +50,21 @@ def title_data(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(pieces), torch.stack(masks), torch.tensor(labels)
 
 
-def spoken(notes: list[Note], split: str, jobs: int) -> Iterator[Tensor]:
-    """The encoder's input float32 [samples] for each note, in order, rendered in `jobs` processes.
+def log_mels(notes: list[Note], split: str, jobs: int) -> Tensor:
+    """What NoteNet.log_mel makes of each note, rendered in `jobs` processes → float16 [N, M, F].
 
     They fork for each note, which is slow in a process that has torch: the program that calls this must import it late.
     """
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for samples in pool.map(render, notes, [split] * len(notes), chunksize=64):
-            yield prepare_note((samples.astype(np.float32) / 32768, SAMPLE_RATE_HZ))["samples"]
+    with torch.random.fork_rng():  # what is drawn after this must not depend on whether a cache was there
+        front = NoteNet()
+    blocks = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, torch.inference_mode():
+        rendered = pool.map(render, notes, [split] * len(notes), chunksize=64)
+        while block := list(islice(rendered, 128)):
+            sounds = [(samples.astype(np.float32) / 32768, SAMPLE_RATE_HZ) for samples in block]
+            samples_BN = torch.stack([prepare_note(sound)["samples"] for sound in sounds])
+            blocks.append(front.log_mel(samples_BN).half())
+    return torch.cat(blocks).clone()
 
 
 def note_data(n: int, seed: int, jobs: int, cache: Path | None) -> tuple[Tensor, Tensor]:
@@ -65,45 +72,38 @@ def note_data(n: int, seed: int, jobs: int, cache: Path | None) -> tuple[Tensor,
     random = random_module.Random(f"notes/{seed}")
     labels = [random.choice(LABELS) for _ in range(n)]
     notes = [draw_note(label, "train", random) for label in labels]
-    targets = torch.tensor([LABELS.index(label) for label in labels])
-    kept = cache / f"notes-{n}-{seed}.npy" if cache else None
-    if kept and kept.exists():
-        return torch.from_numpy(np.load(kept)), targets
-    with torch.random.fork_rng():  # so that what is drawn after this does not depend on the cache
-        front = NoteNet()
-    blocks, block = [], []
-    with torch.inference_mode():
-        for samples in spoken(notes, "train", jobs):
-            block.append(samples)
-            if len(block) == 128:
-                blocks.append(front.log_mel(torch.stack(block)).half())
-                block = []
-        if block:
-            blocks.append(front.log_mel(torch.stack(block)).half())
-    features = torch.cat(blocks).clone()
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        np.save(kept, features.numpy())
-    return features, targets
+    features = cached(cache, f"notes-{n}-{seed}", lambda: log_mels(notes, "train", jobs))
+    return features, torch.tensor([LABELS.index(label) for label in labels])
+
+
+def cached(folder: Path | None, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in folder/name.npy, made and kept there the first time; no folder: made."""
+    if folder is None:
+        return make()
+    path = folder / f"{name}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(path, make().numpy())
+    return torch.from_numpy(np.load(path))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Items as the encoders get them. Rows of absent media are zero."""
+    """Items as the encoders get them, sound after its log-mel. Rows of absent media hold zeros."""
 
     photo: Tensor  # uint8 [N, 1, 28, 28]
     pieces: Tensor  # int64 [N, T, K]
     mask: Tensor  # int64 [N, T]
-    samples: Tensor  # float32 [N, samples]
+    log_mel: Tensor  # float16 [N, M, F]
     presence_NM: Tensor  # bool; image, text, audio
     labels_N: Tensor  # int64
 
 
-def item_inputs(n: int, split: str, seed: int, photos: Photos, jobs: int) -> Inputs:
+def item_inputs(n: int, split: str, seed: int, photos: Photos, jobs: int, cache: Path | None) -> Inputs:
     """The items that `make.py OUT --n n --split split --seed seed` writes, through the same encodings."""
     pictures, classes = photos
     items: list[Item] = list(islice(plan(split, seed, classes), n))
-    photo, title, samples = [], [], torch.zeros(n, prepare_note(([], SAMPLE_RATE_HZ))["samples"].shape[0])
+    photo, title = [], []
     blank = torch.zeros_like(prepare_photo(Image.new("L", (28, 28)))["photo"])
     for item in items:
         if item.photo is None:
@@ -112,15 +112,16 @@ def item_inputs(n: int, split: str, seed: int, photos: Photos, jobs: int) -> Inp
             with Image.open(BytesIO(encode(pictures[item.photo], item.photo_suffix))) as image:
                 photo.append(prepare_photo(image.convert("RGB"))["photo"])
         title.append(prepare_title(item.title or ""))
-    speaking = [item for item in items if item.note is not None]
-    notes = [item.note for item in speaking if item.note is not None]
-    for item, window in zip(speaking, spoken(notes, split, jobs), strict=True):
-        samples[item.index] = window
+    notes = [item.note for item in items if item.note is not None]
+    heard = cached(cache, f"items-{split}-{n}-{seed}", lambda: log_mels(notes, split, jobs))
+    presence_NM = torch.tensor([[i.photo is not None, i.title is not None, i.note is not None] for i in items])
+    log_mel = torch.zeros(n, *heard.shape[1:], dtype=heard.dtype)
+    log_mel[presence_NM[:, 2]] = heard
     return Inputs(
         photo=torch.stack(photo),
         pieces=torch.stack([one["pieces"] for one in title]),
         mask=torch.stack([one["mask"] for one in title]),
-        samples=samples,
-        presence_NM=torch.tensor([[i.photo is not None, i.title is not None, i.note is not None] for i in items]),
+        log_mel=log_mel,
+        presence_NM=presence_NM,
         labels_N=torch.tensor([LABELS.index(item.label) for item in items]),
     )

@@ -5,7 +5,7 @@ Shapes: N sample, M modality, L label, D embedding, E exit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from data import Inputs
 from torch import Tensor, nn
 
 from mmpipe.encoders.base import BuiltEncoder
+from mmpipe.encoders.tiny import NoteNet
 from mmpipe.fusion.gate import confidence, leaves, probabilities
 
 MODALITIES = ("image", "text", "audio")
@@ -35,12 +36,15 @@ class Embedded:
 
 @torch.no_grad()
 def embed(encoders: Mapping[str, BuiltEncoder], inputs: Inputs) -> Embedded:
-    tensors = {"image": (inputs.photo,), "text": (inputs.pieces, inputs.mask), "audio": (inputs.samples,)}
+    note = cast(NoteNet, encoders["audio"].module)
+    work: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "image": (encoders["image"].module, (inputs.photo,)),
+        "text": (encoders["text"].module, (inputs.pieces, inputs.mask)),
+        "audio": (lambda log_mel: note.from_log_mel(log_mel.float()), (inputs.log_mel,)),
+    }
     embeddings = {
-        name: torch.cat(
-            [encoders[name].module(*part) for part in zip(*(torch.split(t, 256) for t in given), strict=True)]
-        )
-        for name, given in tensors.items()
+        name: torch.cat([module(*part) for part in zip(*(torch.split(t, 256) for t in given), strict=True)])
+        for name, (module, given) in work.items()
     }
     return Embedded(embeddings, inputs.presence_NM, inputs.labels_N)
 

@@ -34,15 +34,15 @@ class Sizes:
     photo_epochs: int = 10
     titles: int = 20_000  # fresh ones each epoch
     title_epochs: int = 5
-    notes: int = 30_000
-    note_epochs: int = 14
-    head_items: int = 5_000
-    head_epochs: int = 60
+    notes: int = 24_000
+    note_epochs: int = 12
+    head_items: int = 9_000
+    head_epochs: int = 20
     threshold_items: int = 3_000
     test_items: int = 2_000
 
 
-QUICK = Sizes(512, 1, 512, 1, 96, 1, 200, 2, 60, 60)
+QUICK = Sizes(256, 1, 256, 1, 64, 1, 60, 2, 30, 30)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def train_exits(
     fitting = tune.rows(0, sizes.head_items)
     result = train_head(
         head, fitting.embeddings, fitting.presence_NM, fitting.labels_N, prefixes=EXITS,
-        epochs=sizes.head_epochs, seed=seed,
+        epochs=sizes.head_epochs, patience=sizes.head_epochs, seed=seed,
     )  # fmt: skip
     head.eval()
     save_checkpoint(out / "head.safetensors", head, kind="transformer", labels=LABELS, dims=dims, options=options)
@@ -146,11 +146,13 @@ def train_and_measure_head(setting: Setting, test_seed: int) -> dict[str, object
         for modality, name in (("image", "photo"), ("text", "title"), ("audio", "note"))
     }
     tuning = sizes.head_items + sizes.threshold_items
-    tune_inputs = item_inputs(tuning, "tune", setting.seed, load_photos("train", setting.photos), setting.jobs)
+    photos = load_photos("train", setting.photos)
+    tune_inputs = item_inputs(tuning, "tune", setting.seed, photos, setting.jobs, setting.cache)
     tune = embed(encoders, tune_inputs)
     head, thresholds, training = train_exits(setting.out, sizes, tune, setting.seed)
     test_photos = load_photos("t10k", setting.photos)
-    test = embed(encoders, item_inputs(sizes.test_items, "test", test_seed, test_photos, setting.jobs))
+    test_inputs = item_inputs(sizes.test_items, "test", test_seed, test_photos, setting.jobs, setting.cache)
+    test = embed(encoders, test_inputs)
     return {
         "head": training,
         "exits": {"image": thresholds[0], "image+text": thresholds[1]},
@@ -162,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the weights")
     parser.add_argument("--photos", type=Path, default=DEBIAN_FOLDER, help="folder with the Fashion-MNIST .gz files")
-    parser.add_argument("--cache", type=Path, help="folder to keep the training notes in")
+    parser.add_argument("--cache", type=Path, help="folder to keep the spoken notes in")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that speak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-seed", type=int, default=1, help="of the test items that the figures are from")

@@ -161,7 +161,7 @@ class FusionConfig(_Keys):
 
 
 class RuntimeConfig(_Keys):
-    """How it runs. `auto` is resolved once, when the pipeline is built; `mmpipe explain` says to what."""
+    """How it runs. `auto` is resolved once, when the pipeline is built; `run.json` says to what."""
 
     device: Annotated[
         Text,

@@ -73,6 +73,13 @@ class Summary:
         too_many = failed + partial > 0 if strict else failed > self.max_failed * self.tally.rows
         return 3 if too_many else 0
 
+    def verdict(self, *, strict: bool = False) -> str:
+        """Exit code 3 in words."""
+        failed, partial = self.tally.status["failed"], self.tally.status["partial"]
+        if strict:
+            return f"{failed:,} failed, {partial:,} partial, and --strict allows none"
+        return f"{failed:,} of {self.tally.rows:,} failed, more than input.max_failed allows ({self.max_failed:.4g})"
+
 
 def run_job(
     engine: Engine,
@@ -145,7 +152,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set; else its owner decides
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):  # nohup, or a handler that isn't Python's

@@ -9,13 +9,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmpipe.errors import MmpipeError, OutputError
+from mmpipe.errors import ConfigError, MmpipeError, OutputError
 from mmpipe.jobs.shards import FOLDER, is_shard
 
 _LOCK = ".mmpipe.lock"
 _RUN, _REPORT = "run.json", "report.html"
 _REPLACED = re.compile(r"part-\d{5,}\.parquet")
-_UNFINISHED = re.compile(r"\.(part-\d{5,}\.parquet|run\.json|report\.html)\.tmp")  # of a run that was killed
+_UNFINISHED = re.compile(r"\.(part-\d{5,}\.parquet|run\.json|report\.html\.\w+)\.tmp")  # of a run that was killed
+
+
+def check_mode(mode: str) -> None:
+    """Raises ConfigError (exit code 2) for a mode that there isn't."""
+    if mode not in ("new", "overwrite"):
+        what = "resume is not implemented yet" if mode == "resume" else f"no such mode: {mode!r}"
+        raise ConfigError(what, where="--mode", hint="give --mode overwrite, or a new output folder")
 
 
 def refuse(folder: Path, mode: str, *, inside: Path | None = None) -> None:
@@ -29,7 +36,7 @@ def refuse(folder: Path, mode: str, *, inside: Path | None = None) -> None:
             "give an --output beside it"
         )
     with contextlib.suppress(OSError):  # whatever can't be looked at is found out by claiming it
-        if not folder.exists():
+        if not os.path.lexists(folder):
             near = next(parent for parent in folder.absolute().parents if parent.exists())
             if not near.is_dir():
                 raise OutputError(f"{near} is a file; the output is a folder")
@@ -44,38 +51,47 @@ def refuse(folder: Path, mode: str, *, inside: Path | None = None) -> None:
 def claimed(folder: Path, mode: str) -> Iterator[None]:
     """Hold the folder for one run. OutputError (exit code 4) where it is in use, or not empty and `mode` is "new".
 
-    "overwrite" removes what mmpipe wrote (predictions/part-*.parquet, run.json, report.html), and nothing else: files of
-    these names that are not mmpipe's are an OutputError.
+    "overwrite" removes what mmpipe wrote (predictions/part-*.parquet, run.json, report.html), and nothing else: files
+    of these names that are not mmpipe's are an OutputError.
     """
     with _held(folder):
-        for path in _replaceable(folder, mode):
-            with writing(folder):
+        before = _replaceable(folder, mode)
+        _make(folder / FOLDER)
+        with writing(folder):
+            for path in before:
                 path.unlink()
         yield
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    try:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        found = folder if folder.is_dir() is False else folder / FOLDER
-        raise OutputError(f"{found} is a file where a folder has to be") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise OutputError(f"{folder} can't be made: {getattr(error, 'strerror', None) or error}") from error
-    if not os.access(folder / FOLDER, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder / FOLDER} can't be written to")
+    _make(folder)
     with _locked(folder):
         yield
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"{folder} is a file, or inside one; the output is a folder") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OutputError(f"{folder} can't be made: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _replaceable(folder: Path, mode: str) -> list[Path]:
     """What mmpipe wrote there before. Raises where there is anything and `mode` is not "overwrite"."""
+    check_mode(mode)
+    parts = folder / FOLDER
     try:
-        inside = sorted((folder / FOLDER).iterdir())
+        inside = sorted(parts.iterdir()) if os.path.lexists(parts) else []
         beside = sorted(path for path in folder.iterdir() if path.name not in (_LOCK, FOLDER))
+    except NotADirectoryError as error:
+        raise OutputError(f"{parts} is a file where a folder has to be") from error
     except OSError as error:
         raise OutputError(f"{folder} can't be read: {error.strerror}") from error
+    if parts.exists() and not os.access(parts, os.W_OK | os.X_OK):
+        raise OutputError(f"{parts} can't be written to")
     names = [path.name for path in beside] + [f"{FOLDER}/{path.name}" for path in inside]
     if names and mode != "overwrite":
         raise OutputError(
@@ -96,7 +112,7 @@ def _is_ours(path: Path) -> bool:
     try:
         if path.name == _REPORT:
             with path.open("rb") as file:
-                return b"mmpipe" in file.read(4096)
+                return b"mmpipe report</title>" in file.read(4096)
         return "fingerprints" in json.loads(path.read_bytes())
     except (OSError, ValueError, TypeError):
         return False

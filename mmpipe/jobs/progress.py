@@ -5,9 +5,26 @@ from __future__ import annotations
 import json
 import sys
 import time
+import unicodedata
 from typing import IO, Any, Protocol
 
+_KEPT = "\u200c\u200d"  # joiners: without them families of emoji, and some scripts, fall apart
 _LINE_SECONDS = 5.0  # between two lines where there is no terminal
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text that can't command a terminal: control characters, half characters and changes of direction as escapes.
+
+    File names and labels are other people's text. `keep`: characters to leave alone, such as a line break.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        mark
+        if mark.isprintable() or mark in _KEPT or mark in keep or unicodedata.category(mark) == "Zs"
+        else mark.encode("unicode_escape").decode()
+        for mark in text
+    )
 
 
 class Progress(Protocol):
@@ -72,7 +89,7 @@ class Lines:
         self._write({**event, "seconds_left": None if left is None else round(left, 1)}, text)
 
     def _write(self, event: dict[str, Any], text: str) -> None:
-        print(json.dumps(event) if self._json else text, file=self._stream, flush=True)
+        print(json.dumps(event) if self._json else visible(text, "\n"), file=self._stream, flush=True)
 
 
 class Bar:
@@ -108,7 +125,7 @@ class Bar:
         self._bar.update(self._task, advance=count, rate=f"{rate:.1f}/s")
 
     def say(self, text: str) -> None:
-        self._console.print(text, style="dim", highlight=False, markup=False)
+        self._console.print(visible(text, "\n"), style="dim", highlight=False, markup=False)
 
     def finish(self) -> None:
         self._bar.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from mmpipe.types import Prediction, Sample
 BINS = 20  # of confidence, from 0 to 1
 SHOWN = 12  # samples drawn at random for the report, and as many of the least sure
 FAILURES = 50  # that are listed one by one; all are counted
+
+# "modality:code" of each part of a row's error; what follows them may quote a file's name, whatever is in that
+_CODES = re.compile(r"(?:^|; )((?:image|text|audio|head|sample):[a-z_]+)(?=: )")
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,7 @@ class Tally:
                 bins = self.confidence.setdefault(prediction.answered_by, [0] * BINS)
                 bins[min(BINS - 1, int(prediction.confidence * BINS))] += 1
         if prediction.error is not None:
-            for part in prediction.error.split("; "):
-                self.errors[":".join(part.split(":")[:2])] += 1
+            self.errors.update(_CODES.findall(prediction.error))
             if len(self.failures) < FAILURES:
                 self.failures.append(prediction)
 

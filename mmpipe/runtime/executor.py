@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mmpipe.errors import MediaError
+from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.backends import Lowered
 from mmpipe.graphs.plan import HEAD, PRESENCE, Exit, Plan, Segment
 
@@ -210,7 +210,12 @@ class _Run:
                 rows = (self.outcome.present_NM if name == PRESENCE else self._table(name))[rows_K]
             arguments.append(self.executor.stage_in(segment.name, name, rows))
         clock = time.perf_counter()
-        written = dict(zip(segment.writes, self.executor.lowered[segment.name](*arguments), strict=True))
+        try:
+            outputs = self.executor.lowered[segment.name](*arguments)
+        except Exception as error:  # a model, or memory, gave way: the run ends, and says where
+            reason = (str(error).splitlines() or ["no memory left" if isinstance(error, MemoryError) else ""])[0]
+            raise MmpipeError(f"segment {segment.name} failed: {type(error).__name__}: {reason}") from error
+        written = dict(zip(segment.writes, outputs, strict=True))
         self._spent(segment.name, time.perf_counter() - clock)
         for name, bucket in written.items():
             if name in self.executor.wanted or self.plan.last_read(name) >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.parts import ORDER, PARTS, ROWS, batch, fused
 from torch import nn
@@ -212,3 +213,51 @@ def test_after_it_a_row_s_bits_do_not_depend_on_its_place():
     want = run(graph, x)
     for shift in range(1, 32):
         assert torch.equal(run(graph, x.roll(shift, 0)), want.roll(shift, 0))
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens [batch, token, 32]: 4 heads of 8."""
+
+    def __init__(self, mask=None, causal=False):
+        super().__init__()
+        self.causal = causal
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        q, k, v = (x.unflatten(-1, (4, 8)).transpose(1, 2) * scale for scale in (1.0, 0.7, 1.3))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal)
+        return mixed.transpose(1, 2).reshape(x.shape[0], -1)
+
+
+KINDS_OF_ATTENTION = {
+    "plain": Attention(),
+    "causal": Attention(causal=True),
+    "bool mask": Attention(torch.ones(17, 17, dtype=torch.bool).tril()),
+    "float mask": Attention(torch.linspace(-2, 0, 17 * 17).reshape(17, 17)),
+    "mask of keys": Attention((torch.arange(17) < 11).reshape(1, 17)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ATTENTION)
+def test_align_attention_pads_queries_and_a_row_s_bits_do_not_depend_on_its_thread(kind):
+    torch.manual_seed(0)
+    graph, x = only(KINDS_OF_ATTENTION[kind], {"x": torch.zeros(17, 32)}), torch.randn(8, 17, 32)
+    want = run(graph, x)
+    assert passes.align_attention(graph) == 1
+    passes.verify(graph)
+    assert targets(graph).count(aten.constant_pad_nd.default) == (2 if kind in ("bool mask", "float mask") else 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        got = run(graph, x)
+        assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+        for shift in range(1, 8):
+            assert torch.equal(run(graph, x.roll(shift, 0)), got.roll(shift, 0))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_align_attention_leaves_what_is_aligned():
+    for tokens in (16, 32, 50):
+        graph = only(Attention(), {"x": torch.zeros(tokens, 32)})
+        assert passes.align_attention(graph) == 0

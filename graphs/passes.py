@@ -268,10 +268,11 @@ def merge_common(graph: FusedGraph) -> int:
 
 
 def align_products(graph: FusedGraph) -> int:
-    """Pad the inner dimension of products with a constant matrix to a multiple of 16, with zeros.
+    """Products with a constant matrix as linear([out, in]), with zeros up to a multiple of 16 in the inner dimension.
 
-    Where it is none, CPU libraries finish the sum by another kernel for the last rows of a matrix than for the others,
-    and a row's last bit depends on its place in the batch (MKL on AVX-512: seen for most other sizes, never for these).
+    Otherwise CPU libraries finish the sum by another kernel for the last rows of a matrix than for the others, and a
+    row's last bit depends on its place in the batch. Seen with MKL on AVX-512: for most inner sizes that are no multiple
+    of 16, and for matrices held as [in, out] with 5, 6, 7, 9 or 10 columns; never for what this makes.
     """
     count = 0
     for node in list(graph.graph.nodes):
@@ -283,21 +284,22 @@ def align_products(graph: FusedGraph) -> int:
         matrix = get_tensor(graph, str(right.target))
         if matrix.ndim != 2 or left.op == "get_attr":
             continue
-        inner = 1 if node.target is aten.linear.default else 0  # linear holds its matrix [out, in]
-        missing = -matrix.shape[inner] % _INNER
-        if missing == 0:
+        linear = node.target is aten.linear.default
+        matrix_OI = matrix if linear else matrix.T.contiguous()
+        missing = -matrix_OI.shape[1] % _INNER
+        if linear and missing == 0:
             continue
-        sides = (0, missing) if inner == 1 else (0, 0, 0, missing)
         target = f"{mark_of(node).branch}.folded.wide_{node.name}"
-        set_tensor(graph, target, torch.nn.functional.pad(matrix, sides))
+        set_tensor(graph, target, torch.nn.functional.pad(matrix_OI, (0, missing)))
         with graph.graph.inserting_before(node):
             wide = graph.graph.get_attr(target)
-            padded = graph.graph.call_function(aten.constant_pad_nd.default, (left, [0, missing]))
-        mark = mark_of(left)
+            if missing:
+                mark = mark_of(left)
+                shape = (*mark.shape[:-1], matrix_OI.shape[1] + missing) if mark.shape else None
+                left = graph.graph.call_function(aten.constant_pad_nd.default, (left, [0, missing]))
+                left.meta["mmpipe"] = replace(mark_of(node), shape=shape, dtype=mark.dtype)
         wide.meta["mmpipe"] = replace(mark_of(right), shape=tuple(get_tensor(graph, target).shape))
-        shape = (*mark.shape[:-1], matrix.shape[inner] + missing) if mark.shape else None
-        padded.meta["mmpipe"] = replace(mark_of(node), shape=shape, dtype=mark.dtype)
-        node.args = (padded, wide, *node.args[2:])
+        node.target, node.args = aten.linear.default, (left, wide, *node.args[2:])
         count += 1
     _sweep(graph)
     _drop_unread_tensors(graph)

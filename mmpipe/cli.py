@@ -119,7 +119,7 @@ def run(
     output: Annotated[Path | None, typer.Option(help="Folder to write into.")] = None,
     set_: SetOption = None,
     mode: Annotated[
-        str, typer.Option(metavar="overwrite", help="overwrite: replace what mmpipe wrote into the output before.")
+        str, typer.Option(metavar="new|overwrite", help="overwrite: replace what mmpipe wrote into the output before.")
     ] = "new",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when any sample failed, even partly.")] = False,

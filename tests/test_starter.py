@@ -51,6 +51,13 @@ def begun(folder, output=None, **options):
             2,
             {"image": 2, "text": 2},
         ),
+        (
+            [f"{a}/{b}" for a in ("cats", "dogs") for b in ("1.jpg", "2.jpg", "3.jpg", "notes.txt")],
+            "stem",
+            "error",
+            8,
+            {"image": 6, "text": 2},
+        ),
         ([*FOLDERS, "cover.jpg"], "folder", "error", 2, {"image": 2, "text": 2, "audio": 2}),
         (['my photo\'s "best".jpg', 'my photo\'s "best".txt'], "stem", "error", 1, {"image": 1, "text": 1}),
         (["größe 靴 👟.jpg", "größe 靴 👟.txt"], "stem", "error", 1, {"image": 1, "text": 1}),
@@ -78,13 +85,14 @@ def test_a_folder_for_each_modality(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "with space", "it's", 'say "hi"', "a: b #c", "größe 靴", "line\nbreak", "[red]x[/]", "\x1b[2J", "-x"],
+    ["plain", "with space", "it's", 'say "hi"', "a: b #c", "größe 靴", "line\nbreak", "[red]x", "\x1b[2J", "-x"],
 )
 def test_names_of_folders_that_need_care(tmp_path, name):
-    starter, config, _ = begun(lay(tmp_path / name / "media", STEMS), tmp_path / name / "made.yaml")
+    folder = lay(tmp_path / name, STEMS)
+    starter, config, _ = begun(folder, tmp_path / "made.yaml")
     assert "\x1b" not in starter.path.read_text()
-    assert config.output_folder.name == "media"
-    begun(lay(tmp_path / name / "media", STEMS))
+    assert config.output_folder.name == name
+    begun(folder)
 
 
 def test_folders_that_look_like_classes_become_labels(tmp_path):

@@ -56,7 +56,6 @@ def claimed(folder: Path, mode: str) -> Iterator[None]:
     """
     with _held(folder):
         before = _replaceable(folder, mode)
-        _make(folder / FOLDER)
         with writing(folder):
             for path in before:
                 path.unlink()

@@ -129,6 +129,7 @@ def test_what_is_beyond_the_window_is_not_heard_at_any_rate() -> None:
     changed[48_000 * 4 :] = 0
     one, two = (tiny.prepare_note((sound, 48_000))["samples"] for sound in (long, changed))
     assert torch.equal(one, two)
+    assert one[-500:].all()  # and all of the window is
 
 
 def test_log_mel_is_the_textbooks() -> None:

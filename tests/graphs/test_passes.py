@@ -205,12 +205,27 @@ def test_align_products_pads_the_inner_dimension_and_changes_nothing_else():
     assert (run(graph, x) - want).abs().max() <= 1e-6 * want.abs().max()
 
 
-def test_after_it_a_row_s_bits_do_not_depend_on_its_place():
+class Product(nn.Module):
+    """x @ a constant matrix [in, out], as a head compares with its prototypes."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.register_buffer("matrix_IO", torch.randn(inner, outer))
+
+    def forward(self, input):
+        return input @ self.matrix_IO
+
+
+@pytest.mark.parametrize("outer", [1, 3, 5, 6, 7, 9, 10, 16])
+@pytest.mark.parametrize(("kind", "inner"), [(nn.Linear, 65), (Product, 65), (Product, 64)])
+def test_after_it_a_row_s_bits_do_not_depend_on_its_place(kind, inner, outer):
     torch.manual_seed(0)
-    graph = only(nn.Linear(65, 3), {"input": torch.zeros(65)})
-    passes.align_products(graph)
-    x = torch.randn(32, 65)
+    graph = only(kind(inner, outer), {"input": torch.zeros(inner)})
+    x = torch.randn(32, inner)
+    before = run(graph, x)
+    assert passes.align_products(graph) == 1
     want = run(graph, x)
+    assert (want - before).abs().max() <= 1e-5 * before.abs().max()
     for shift in range(1, 32):
         assert torch.equal(run(graph, x.roll(shift, 0)), want.roll(shift, 0))
 

@@ -25,7 +25,7 @@ from mmpipe.encoders.base import BuiltEncoder, EncoderError
 DIM = 64  # of every embedding here
 
 PHOTO_SIDE = 28  # pixels
-PHOTO_CHANNELS = (24, 48, 96)  # of the three layers
+PHOTO_CHANNELS = (32, 64, 128)  # of the three layers
 
 TITLE_WORDS = 24  # what follows is not read
 TITLE_PIECES = 12  # ids a word: itself and its first 11 character trigrams

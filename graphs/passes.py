@@ -271,7 +271,7 @@ def align_products(graph: FusedGraph) -> int:
     """Products with a constant matrix as linear([out, in]), with zeros up to a multiple of 16 in the inner dimension.
 
     Otherwise CPU libraries finish the sum by another kernel for the last rows of a matrix than for the others, and a
-    row's last bit depends on its place in the batch. Seen with MKL on AVX-512: for most inner sizes that are no multiple
+    row's last bit depends on its place in the batch. Seen with MKL on AVX-512 for most inner sizes that are no multiple
     of 16, and for matrices held as [in, out] with 5, 6, 7, 9 or 10 columns; never for what this makes.
     """
     count = 0

@@ -49,6 +49,30 @@ def embed(encoders: Mapping[str, BuiltEncoder], inputs: Inputs) -> Embedded:
     return Embedded(embeddings, inputs.presence_NM, inputs.labels_N)
 
 
+def recombined(items: Embedded, copies: int, seed: int) -> Embedded:
+    """The items, and `copies` more of each label's with photos, titles and notes drawn from among that label's.
+
+    What goes wrong with one medium is independent of the others, given the label, so these are as good as new items.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [items]
+    for _ in range(copies):
+        embeddings, presence = {}, []
+        for column, name in enumerate(MODALITIES):
+            order_N = torch.arange(len(items.labels_N))
+            for label in items.labels_N.unique():
+                rows = torch.nonzero(items.labels_N == label).squeeze(1)
+                order_N[rows] = rows[torch.randperm(len(rows), generator=generator)]
+            embeddings[name] = items.embeddings[name][order_N]
+            presence.append(items.presence_NM[order_N, column])
+        parts.append(Embedded(embeddings, torch.stack(presence, 1), items.labels_N))
+    return Embedded(
+        {name: torch.cat([part.embeddings[name] for part in parts]) for name in MODALITIES},
+        torch.cat([part.presence_NM for part in parts]),
+        torch.cat([part.labels_N for part in parts]),
+    )
+
+
 @torch.no_grad()
 def head_probabilities(head: nn.Module, items: Embedded, seen: Sequence[str]) -> Tensor:
     """[N, L] from the modalities in `seen` alone."""

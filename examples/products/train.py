@@ -31,18 +31,19 @@ MAX_DISAGREEMENT = 0.008  # with the full pipeline, on the tuning items; a littl
 @dataclass(frozen=True)
 class Sizes:
     photos: int = 45_000
-    photo_epochs: int = 10
+    photo_epochs: int = 14
     titles: int = 20_000  # fresh ones each epoch
     title_epochs: int = 5
     notes: int = 24_000
     note_epochs: int = 12
     head_items: int = 9_000
-    head_epochs: int = 20
+    head_epochs: int = 8
+    head_recombinations: int = 4
     threshold_items: int = 3_000
     test_items: int = 2_000
 
 
-QUICK = Sizes(256, 1, 256, 1, 64, 1, 60, 2, 30, 30)
+QUICK = Sizes(256, 1, 256, 1, 64, 1, 60, 2, 1, 30, 30)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def train_exits(
 ) -> tuple[nn.Module, list[float | None], dict[str, object]]:
     """Writes the head → (head, thresholds of the exits, what happened)."""
     import torch
-    from evaluate import EXITS, MODALITIES, exit_table
+    from evaluate import EXITS, MODALITIES, exit_table, recombined
 
     from mmpipe.encoders.tiny import DIM
     from mmpipe.fusion.checkpoint import save_checkpoint
@@ -118,10 +119,10 @@ def train_exits(
     torch.manual_seed(seed)
     dims, options = dict.fromkeys(MODALITIES, DIM), {"width": 64, "depth": 2, "heads": 4}
     head = TransformerHead(dims, LABELS, **options)
-    fitting = tune.rows(0, sizes.head_items)
+    fitting = recombined(tune.rows(0, sizes.head_items), sizes.head_recombinations, seed)
     result = train_head(
         head, fitting.embeddings, fitting.presence_NM, fitting.labels_N, prefixes=EXITS,
-        epochs=sizes.head_epochs, patience=sizes.head_epochs, seed=seed,
+        epochs=sizes.head_epochs, patience=sizes.head_epochs, weight_decay=0.05, seed=seed,
     )  # fmt: skip
     head.eval()
     save_checkpoint(out / "head.safetensors", head, kind="transformer", labels=LABELS, dims=dims, options=options)

@@ -251,6 +251,6 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Manifest:
                     _distinct(places, row[0], len(rows) + 1, where, "row")
                     rows.append(row)
             types = {column: file.schema_arrow.field(column).type for column in wanted.keep}
-    except (pa.ArrowException, UnicodeError) as error:
+    except (pa.ArrowException, ValueError) as error:
         refuse(error)
     return Manifest(rows, types)

@@ -326,7 +326,9 @@ def align_attention(graph: FusedGraph) -> int:
         args = list(node.args)
         for place in (0, 3):  # the queries; the mask, where it has a line for each
             given = args[place] if place < len(args) else None
-            shape = mark_of(given).shape if isinstance(given, fx.Node) else None
+            if not isinstance(given, fx.Node):
+                continue
+            shape = mark_of(given).shape
             if shape is not None and shape[-2] == queries:
                 shape = (*shape[:-2], queries + missing, shape[-1])
                 with graph.graph.inserting_before(node):

@@ -55,6 +55,7 @@ def show_summary(summary: Summary, *, packaged: str | None = None, console: Outp
     out = console or Output()
     tally, run = summary.tally, summary.run
     out.print(_exits_table(summary))
+    out.print(_opened(summary) + "\n")
     for kind in _TITLES:
         if kind in tally.stories:
             out.print(_story(kind, tally.stories[kind].shown, summary.limits, min(out.width, 80)))
@@ -94,14 +95,17 @@ def _exits_table(summary: Summary) -> Table:
     failed = tally.status["failed"]
     if failed:
         table.add_row("failed", f"{failed:,}", f"{failed / tally.rows:.0%}", "", style="red")
+    return table
+
+
+def _opened(summary: Summary) -> str:
+    tally = summary.tally
     opened = [
         f"{tally.files_opened[name]:,} of {tally.present[name]:,} {name}"
         for name in tally.modalities
         if tally.present[name]
     ]
-    table.caption = "opened: " + (", ".join(opened) or "nothing")
-    table.caption_justify = "left"
-    return table
+    return "files opened: " + (", ".join(opened) or "none")
 
 
 def _story(kind: str, shown: Shown, limits: media.Limits, width: int) -> Panel:

@@ -53,7 +53,7 @@ def test_a_summary_in_full():
     text = "\n".join(lines)
     assert "image              60     60%   ██████████████████" in text
     assert "failed" in text
-    assert "opened: 100 of 100 image, 40 of 90 text" in text
+    assert "files opened: 100 of 100 image, 40 of 90 text" in text
     story = [line for line in lines if line.startswith(("│", "╭"))]
     assert "They disagreed, and the last one settled it: item-1" in story[0]
     assert "“A title”" in story[1]

@@ -94,11 +94,13 @@ def augment_title(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tup
 
 
 def augment_note(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Shift in time (up to 0.25 s) and in pitch (up to 4 bands), tilt the spectrum, and hide two stretches of each."""
-    log_mel_BMF = inputs[0].float()
+    """Another speaker in another noise: stretch and shift bands and time, talk over it, tilt, hide stretches."""
+    log_mel_BMF = _warp(inputs[0].float(), generator)
     batch, bands, frames = log_mel_BMF.shape
-    log_mel_BMF = _gather_shifted(log_mel_BMF, torch.randint(-15, 16, (batch,), generator=generator), 2)
-    log_mel_BMF = _gather_shifted(log_mel_BMF, torch.randint(-4, 5, (batch,), generator=generator), 1)
+    other_BMF = log_mel_BMF[torch.randperm(batch, generator=generator)]
+    quieter_B11 = torch.rand(batch, 1, 1, generator=generator) * 0.9 + 0.25  # 1 is half of LOG_RANGE, 30 dB
+    mixed_B11 = torch.rand(batch, 1, 1, generator=generator) < 0.35
+    log_mel_BMF = torch.where(mixed_B11, torch.maximum(log_mel_BMF, other_BMF - quieter_B11), log_mel_BMF)
     tilt_B11 = torch.rand(batch, 1, 1, generator=generator) * 0.8 - 0.4
     log_mel_BMF = log_mel_BMF + tilt_B11 * torch.linspace(-1, 1, bands)[:, None]
     hidden = torch.zeros(batch, bands, frames, dtype=torch.bool)
@@ -110,3 +112,18 @@ def augment_note(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tupl
         hidden |= inside[:, :, None] if dim == 1 else inside[:, None, :]
     level_B11 = log_mel_BMF.mean(dim=(1, 2), keepdim=True)
     return (torch.where(hidden, level_B11, log_mel_BMF),)
+
+
+def _warp(log_mel_BMF: Tensor, generator: torch.Generator) -> Tensor:
+    """Scale the bands (the size of the speaker) by up to 14% and time (the pace) by up to 18%; shift both a little."""
+    batch, bands, frames = log_mel_BMF.shape
+
+    def spread(by: float) -> Tensor:
+        return (torch.rand(batch, generator=generator) * 2 - 1) * by
+
+    theta_B23 = torch.zeros(batch, 2, 3)
+    theta_B23[:, 0, 0], theta_B23[:, 0, 2] = 1 + spread(0.18), spread(30 / frames)
+    theta_B23[:, 1, 1], theta_B23[:, 1, 2] = 1 + spread(0.14), spread(6 / bands)
+    grid = nn.functional.affine_grid(theta_B23, [batch, 1, bands, frames], align_corners=False)
+    warped = nn.functional.grid_sample(log_mel_BMF[:, None], grid, padding_mode="border", align_corners=False)
+    return warped[:, 0]

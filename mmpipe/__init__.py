@@ -44,7 +44,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Pipeline":  # brings torch: only when it is asked for
-        from mmpipe.pipeline import Pipeline
+        from mmpipe.loading import collector_paused
+
+        with collector_paused():
+            from mmpipe.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module 'mmpipe' has no attribute {name!r}")

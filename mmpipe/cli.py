@@ -139,8 +139,8 @@ def run(
 
         progress = for_stream(as_json=json_)
         progress.say(f"building {loaded.source.name or config}")
+        from mmpipe import Pipeline
         from mmpipe.jobs.job import run_job
-        from mmpipe.pipeline import Pipeline
 
         with Pipeline(loaded, say=progress.say) as pipeline:
             for note in pipeline.notes:
@@ -173,7 +173,7 @@ def predict(
             raise ConfigError("nothing to predict", hint="give --image, --text or --audio")
         loaded = _load(config, set_)
         words: Any = Path(text[1:]) if text is not None and text.startswith("@") else text
-        from mmpipe.pipeline import Pipeline
+        from mmpipe import Pipeline
 
         with Pipeline(loaded) as pipeline:
             prediction = pipeline(image=image, text=words, audio=audio)

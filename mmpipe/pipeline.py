@@ -35,6 +35,7 @@ from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
+from mmpipe.loading import collector_paused
 from mmpipe.runtime.executor import Executor, Gate, Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -50,7 +51,8 @@ class Pipeline:
     def __init__(self, config: Config, *, say: Callable[[str], None] = lambda text: None) -> None:
         began = time.perf_counter()
         self.config = config
-        self._built: Built = build(config, say=say)
+        with collector_paused():
+            self._built: Built = build(config, say=say)
         self.resolved: Resolved = resolve(config, self._built.graph)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())

@@ -174,8 +174,9 @@ def _find(name: str, weights: Path | None) -> _Found:
     except Exception as error:  # the hub's, urllib's and open_clip's own
         lines = str(error).splitlines() or [type(error).__name__]
         raise EncoderError(
-            f"{model}: the weights '{tag}' are not in the local cache and can't be downloaded: {lines[0][:300]}. "
-            "Fetch them once with network, or set weights to a local file"
+            f"{model}: the weights '{tag}' are not in the local cache and can't be downloaded. "
+            "Fetch them where there is a network, or set weights to a local file. The download said: "
+            f"{lines[0]}"
         ) from error
     return _Found(model, architecture, path, arguments, tuple(notes))
 

@@ -171,6 +171,9 @@ def predict(
     with _reporting():
         if image is None and text is None and audio is None:
             raise ConfigError("nothing to predict", hint="give --image, --text or --audio")
+        for option, path in (("--image", image), ("--audio", audio)):
+            if path is not None and not path.exists():
+                raise ConfigError(f"{str(path)!r}: there is no such file", where=option)
         loaded = _load(config, set_)
         words: Any = Path(text[1:]) if text is not None and text.startswith("@") else text
         from mmpipe import Pipeline
@@ -231,8 +234,11 @@ def pull(config: ConfigArgument, set_: SetOption = None) -> None:
         from mmpipe.build import pull_weights
 
         for modality, model, files in pull_weights(loaded, say=_say):
+            if not files:
+                _print(f"{modality}: {model}: nothing to fetch")
+                continue
             size = sum(os.path.getsize(file) for file in files if os.path.exists(file))
-            _print(f"{modality}: {model}: {len(files)} files, {size / 1e6:.1f} MB" + (f", {files[0]}" if files else ""))
+            _print(f"{modality}: {model}: {len(files)} files, {size / 1e6:.1f} MB, {files[0]}")
 
 
 @app.command()

@@ -78,7 +78,10 @@ class Summary:
         failed, partial = self.tally.status["failed"], self.tally.status["partial"]
         if strict:
             return f"{failed:,} failed, {partial:,} partial, and --strict allows none"
-        return f"{failed:,} of {self.tally.rows:,} failed, more than input.max_failed allows ({self.max_failed:.4g})"
+        return (
+            f"{failed:,} of {self.tally.rows:,} failed, more than input.max_failed allows ({self.max_failed:.4g}); "
+            "all rows are written; --set input.max_failed=100% allows any number"
+        )
 
 
 def run_job(

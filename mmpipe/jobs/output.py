@@ -95,7 +95,7 @@ def _replaceable(folder: Path, mode: str) -> list[Path]:
     if names and mode != "overwrite":
         raise OutputError(
             f"{folder} is not empty ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}): "
-            "give another folder, or --mode overwrite to replace what mmpipe wrote there"
+            'give another folder, or --mode overwrite (in Python: mode="overwrite") to replace what mmpipe wrote'
         )
     ours = [path for path in inside if _REPLACED.fullmatch(path.name)]
     ours += [path for path in beside if path.name in (_RUN, _REPORT)]

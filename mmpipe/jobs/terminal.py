@@ -143,7 +143,7 @@ def _step(step: Step, last: bool, *, bar_columns: int) -> Text:
     line = _cut(" + ".join(step.opened), 21, pad=True, style="cyan")
     line.append_text(_cut(visible(step.label), 16, pad=True))
     line.append(f"{'█' * round(step.confidence * bar_columns):<{bar_columns}}", "green" if last else "yellow")
-    line.append(f" {step.confidence:.2f}  ")
+    line.append(f" {step.confidence:.3f} ")  # three digits: a threshold may lie between two that look alike
     line.append("answered" if last else "unsure: go on", "bold" if last else "dim")
     return line
 

@@ -57,7 +57,7 @@ def test_a_summary_in_full():
     story = [line for line in lines if line.startswith(("│", "╭"))]
     assert "They disagreed, and the last one settled it: item-1" in story[0]
     assert "“A title”" in story[1]
-    assert [line.rstrip("│ ").split()[-2:] for line in story[2:]] == [["go", "on"], ["go", "on"], ["0.940", "answered"]]
+    assert [line.rstrip("│ ").split()[-2:] for line in story[2:]] == [["go", "on"], ["go", "on"], ["0.941", "answered"]]
     assert len(story) == 5  # a line for each step: none is broken
     assert "100 items in 8.1 s (12.3 a second), after 3.0 s of loading" in lines
     assert lines[-1] == "report       out/report.html"

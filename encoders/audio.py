@@ -214,7 +214,6 @@ def _built(source: Source, module: nn.Module, window: Window, settings: MelSetti
         preprocessing=asdict(window) | asdict(settings) | {"resampler": RESAMPLER},
         max_seconds=window.max_seconds,
         files=source.files(),
-        keep_float32=["mel"],
         **fields,
     )
 

@@ -60,7 +60,6 @@ class BuiltEncoder:
         max_seconds: float | None = None,
         notes: Sequence[str] = (),
         files: Sequence[str] = (),
-        keep_float32: Sequence[str] = (),
     ) -> None:
         self.modality, self.dim, self.module = modality, dim, module.eval().requires_grad_(False)
         self._prepare = prepare
@@ -73,7 +72,6 @@ class BuiltEncoder:
         self.max_seconds = max_seconds  # sound beyond this is not needed; None: all
         self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
         self.files = tuple(files)  # what was read from disk: weights first, then configuration and tokeniser
-        self.keep_float32 = tuple(keep_float32)  # paths of submodules inside module that lose too much in bfloat16
 
     def prepare(self, media: Any) -> dict[str, Tensor]:
         return self._prepare(media)

@@ -1,7 +1,7 @@
 """Training of heads on embeddings, and the choice of thresholds by hand-set risk.
 
 Nothing here reads media or runs encoders: embeddings come in, a trained head stays behind. Thresholds chosen here
-carry no guarantee; `calibration` has those that do.
+carry no guarantee.
 
 Shapes: N sample, M modality, L label, D embedding, E exit.
 """

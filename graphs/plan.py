@@ -70,13 +70,6 @@ class Value:
     shape: tuple[int, ...]  # per row
     dtype: torch.dtype
 
-    @property
-    def row_bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class Segment:

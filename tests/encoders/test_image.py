@@ -90,11 +90,11 @@ def test_full_size_vit_b_32(tmp_path, kit):
     finally:
         file.unlink()
     preprocess = open_clip.image_transform((224, 224), is_train=False)
-    images = kit.pictures(3)
+    images = kit.pictures(32)
     with torch.inference_mode():
         expected = reference.encode_image(torch.stack([preprocess(image) for image in images]))
         words = reference.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a red shoe"]))
-    for rows in (1, 3):
+    for rows in (1, 3, 32):
         ours = kit.run(encoder.module, kit.batch(encoder, images[:rows]))
         kit.agree(ours, expected[:rows], "ViT-B-32")
     kit.agree(encoder.prompts(["a red shoe"]), words, "ViT-B-32 prompts")

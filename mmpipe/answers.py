@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpipe.runtime.executor import Outcome
+from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Prediction, Sample
 
 FULL = "all"  # the exit of the last stage, and of a pipeline that only embeds

@@ -5,7 +5,6 @@ The only place where encoders, fusion and graphs meet; their errors become mmpip
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +24,6 @@ from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
-
-# Operations on few numbers end before a second thread has begun; on a busy machine waiting for it costs 40 times more.
-_NUMBERS_FOR_THREADS = 5_000_000
-_ROWS = 4  # CPU libraries treat the last rows of other batches apart: a row's last bit would depend on its place
 
 
 @dataclass(frozen=True)
@@ -53,51 +48,6 @@ class Built:
     thresholds: tuple[float, ...]  # one per exit but the last
     removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Every `auto`, decided: value and reason. Nothing changes the configuration afterwards."""
-
-    device: str
-    dtype: str
-    backend: str
-    schedule: str
-    batch_size: int
-    threads: int
-    decode_workers: int
-    memory_limit: int  # bytes, for media decoded ahead
-    cache: str
-    reasons: Mapping[str, str]
-
-
-def resolve(config: Config, graph: FusedGraph) -> Resolved:
-    """Decide what the configuration leaves open, from this machine and the size of the graph."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = config.runtime
-    decided: dict[str, tuple[Any, str]] = {
-        "device": ("cpu", "the only device that is implemented"),
-        "dtype": ("float32", "the only type that is implemented"),
-        "backend": ("eager", "the only backend that is implemented"),
-        "schedule": ("cascade", "the only schedule that is implemented"),
-        "batch_size": (32, "rows of the one bucket of every segment"),
-        "memory_limit": (1 << 30, "1 GiB for media decoded ahead of the model"),
-        "cache": ("off", "no cache is implemented"),
-    }
-    values, reasons = {}, {}
-    for key, (value, reason) in decided.items():
-        given = getattr(wanted, key)
-        values[key], reasons[key] = (value, reason) if given == "auto" else (given, "configured")
-    if values["batch_size"] > 1 and values["batch_size"] % _ROWS:
-        values["batch_size"] += -values["batch_size"] % _ROWS
-        reasons["batch_size"] = f"configured as {wanted.batch_size}; rounded up to a multiple of {_ROWS}"
-    numbers = sum(tensor.numel() for tensor in graph.buffers())
-    threads = cores if numbers >= _NUMBERS_FOR_THREADS else 1
-    reasons |= {
-        "threads": f"{cores} cores" if threads > 1 else f"{numbers:,} numbers: too few for threads to pay",
-        "decode_workers": f"{cores} cores",
-    }
-    return Resolved(**values, threads=threads, decode_workers=cores, reasons=reasons)
 
 
 def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Built:
@@ -285,4 +235,4 @@ def _exit_spec(
     return ExitSpec(exit_.name, (place,), probe=Probe(place, int(layer), weight_LD, bias_L, mask))
 
 
-__all__ = ["Built", "ConfigError", "Preparation", "Resolved", "build", "pull_weights", "resolve"]
+__all__ = ["Built", "ConfigError", "Preparation", "build", "pull_weights"]

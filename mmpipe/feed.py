@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmpipe import media
 from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.plan import Plan
+from mmpipe.media import Ahead, Limits, estimate_bytes
+from mmpipe.media import load as load_medium
+from mmpipe.runtime.pool import MediaRows
 from mmpipe.types import Sample
 
 
@@ -25,34 +29,52 @@ class Feed:
         samples: Sequence[Sample],
         preparations: Mapping[str, Preparation],
         plan: Plan,
-        limits: media.Limits,
-        ahead: media.Ahead,
+        limits: Limits,
+        ahead: Ahead,
     ) -> None:
         self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
         self.values = {value.name: value for value in plan.values}
         self.core_seconds = 0.0  # spent decoding and preparing, on all workers
         self._lock = threading.Lock()
 
-    def __call__(self, branch: str, rows: Sequence[int]) -> Iterator[Mapping[str, Tensor] | MediaError]:
+    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[int | MediaError]:
+        """For each row, in order: the media slot that it was decoded into, or why not."""
         preparation = self.preparations[branch]
 
-        def load(row: int) -> Mapping[str, Tensor] | MediaError:
+        def load(item: tuple[int, int]) -> MediaError | None:
+            row, slot = item
             clock = time.thread_time()
             try:
                 source = self.samples[row].media[branch]
-                medium = media.load(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
-                return self._checked(branch, self._prepared(branch, medium))
+                medium = load_medium(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
+                media.fill(slot, self._checked(branch, self._prepared(branch, medium)))
+                return None
             except MediaError as error:
                 return error
             finally:
                 with self._lock:
                     self.core_seconds += time.thread_time() - clock
 
-        def cost(row: int) -> int:
-            source = self.samples[row].media[branch]
-            return media.estimate_bytes(branch, source, self.limits, preparation.max_seconds)
+        def cost(item: tuple[int, int]) -> int:
+            source = self.samples[item[0]].media[branch]
+            return estimate_bytes(branch, source, self.limits, preparation.max_seconds)
 
-        return self.ahead.map(load, rows, cost)
+        taken: deque[int] = deque()
+
+        def items() -> Iterator[tuple[int, int]]:
+            """Asked for in order, on the consumer's thread: a slot is taken when its row may begin."""
+            for row in rows:
+                taken.append(media.take())
+                yield row, taken[-1]
+
+        with contextlib.closing(self.ahead.map(load, items(), cost)) as loaded:
+            for error in loaded:
+                slot = taken.popleft()
+                if error is None:
+                    yield slot
+                else:
+                    media.release(slot)
+                    yield error
 
     def _prepared(self, branch: str, medium: Any) -> Mapping[str, Tensor]:
         try:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from mmpipe.build import Built, Resolved
+from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.graphs.plan import Plan
+from mmpipe.placing import Resolved
 from mmpipe.types import Sample
 
 _PACKAGES = ("mmpipe", "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow", "soundfile")

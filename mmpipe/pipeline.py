@@ -6,6 +6,7 @@ with Pipeline.load("quickstart") as pipeline:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mmpipe import media
 from mmpipe.answers import FULL, Answers
-from mmpipe.build import Built, Resolved, build, resolve
+from mmpipe.build import Built, build
 from mmpipe.config import Config, load
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
@@ -36,7 +37,10 @@ from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
-from mmpipe.runtime.executor import Executor, Gate, Outcome
+from mmpipe.placing import Resolved, decoding_bytes, placed, resolve
+from mmpipe.runtime.executor import Executor
+from mmpipe.runtime.ledger import Gate, Outcome
+from mmpipe.runtime.measure import seconds_a_bucket
 from mmpipe.types import MODALITIES, Prediction, Sample
 
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
@@ -53,14 +57,16 @@ class Pipeline:
         self.config = config
         with collector_paused():
             self._built: Built = build(config, say=say)
-        self.resolved: Resolved = resolve(config, self._built.graph)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.Lock()
         self._cut: Cut | None = None
         self._cut_version = -1
-        self._executors: dict[bool, Executor] = {}
-        self._current_cut()
+        self._resolved: dict[int, Resolved] = {}  # rows → how a plan of that bucket runs; 0: the configuration's
+        self._plans: dict[int, Plan] = {}
+        self._executors: dict[tuple[int, bool], Executor] = {}
+        self.resolved: Resolved = resolve(config, self._current_cut())
+        self._resolved[0] = self.resolved
         self._build_seconds = time.perf_counter() - began
 
     @classmethod
@@ -85,8 +91,9 @@ class Pipeline:
 
     @property
     def plan(self) -> Plan:
-        """Stages and segments of the graph as it is now."""
-        return self._current_cut().plan
+        """Stages, segments, steps and buffers of the graph as it is now, scheduled for the configuration's bucket."""
+        with self._lock:
+            return self._plan(0)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -105,8 +112,13 @@ class Pipeline:
 
     def __call__(self, *, image: Any = None, text: Any = None, audio: Any = None, id: str = "sample") -> Prediction:
         """One sample. image, audio: a path, bytes, PIL image, array or tensor (sound: (samples, rate_hz)); text: the
-        text itself, or a `Path` to a file."""
-        return self.predict([{"id": id, "image": image, "text": text, "audio": audio}])[0]
+        text itself, or a `Path` to a file.
+
+        Where the graph is large and `runtime.batch_size` is auto, this runs a plan of one row: another plan than
+        `predict`'s, which agrees with it within rounding.
+        """
+        sample = self._sample({"id": id, "image": image, "text": text, "audio": audio}, 0)
+        return self.run([sample], rows=self.resolved.call_rows)[0][0]
 
     def predict(self, samples: Iterable[Sample | Mapping[str, Any]]) -> list[Prediction]:
         """List in, list out, in order. A sample is a `Sample` or a mapping with any of image, text, audio, id.
@@ -196,17 +208,23 @@ class Pipeline:
         *,
         exits: bool = True,
         embeddings: bool | None = None,
+        rows: int | None = None,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
-        """One shard: predictions in order, and the trace of the run. `answered` is told of progress."""
+        """One shard: predictions in order, and the trace of the run. `answered` is told of progress.
+
+        `rows`: another bucket than the configuration's.
+        """
         with self._lock:
-            executor = self._executor(exits)
+            key = 0 if rows in (None, self.resolved.batch_size) else int(rows or 0)
+            executor = self._executor(key, exits)
             columns = list(self._built.preparations)
             present_NM = torch.tensor(
                 [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
             ).reshape(len(samples), len(columns))
             workers = self.resolved.decode_workers
-            ahead = media.Ahead(workers, self.resolved.memory_limit, items_ahead=2 * self.resolved.batch_size)
+            bucket = executor.plan.stage_plans[0].rows
+            ahead = media.Ahead(workers, decoding_bytes(self.resolved.memory_limit), items_ahead=bucket)
             with ahead:
                 feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
                 outcome = executor.run(present_NM, feed, answered=answered)
@@ -225,21 +243,41 @@ class Pipeline:
     def _current_cut(self) -> Cut:
         if self._cut is None or self._cut_version != self.graph.version:
             self._cut, self._cut_version = cut(self.graph), self.graph.version
-            self._executors.clear()
+            self._forget_plans()
         return self._cut
 
-    def _executor(self, exits: bool) -> Executor:
+    def _forget_plans(self) -> None:
+        for executor in self._executors.values():
+            executor.close()
+        self._executors.clear()
+        self._plans.clear()
+
+    def _plan(self, rows: int) -> Plan:
         made = self._current_cut()
-        if exits not in self._executors:
-            backend = self.resolved.backend
-            self._executors[exits] = Executor(
-                made.plan,
-                {segment.name: lower(backend, segment, made.modules[segment.name]) for segment in made.plan.segments},
-                bucket_rows=self.resolved.batch_size,
-                threads=self.resolved.threads,
-                gate=self._gate(exits) if made.plan.exits else None,
-            )
-        return self._executors[exits]
+        if rows not in self._resolved:
+            self._resolved[rows] = resolve(self.config, made, rows=rows, measure=self._measured)
+        if rows not in self._plans:
+            self._plans[rows] = placed(made.plan, self._resolved[rows])
+        return self._plans[rows]
+
+    def _executor(self, rows: int, exits: bool) -> Executor:
+        plan = self._plan(rows)
+        if (rows, exits) not in self._executors:
+            gate = self._gate(exits) if plan.exits else None
+            self._executors[rows, exits] = self._executor_of(plan, self._resolved[rows].threads, gate)
+        return self._executors[rows, exits]
+
+    def _executor_of(self, plan: Plan, threads: int, gate: Gate | None) -> Executor:
+        modules = self._current_cut().modules
+        lowered = {s.name: lower(self.resolved.backend, s, modules[s.name]) for s in plan.segments}
+        return Executor(plan, lowered, threads=threads, gate=gate)
+
+    def _measured(self, plan: Plan, threads: int) -> float:
+        """Seconds that a plan takes for one bucket of samples that have everything and leave at no exit."""
+        with contextlib.closing(
+            self._executor_of(plan, threads, self._gate(False) if plan.exits else None)
+        ) as executor:
+            return seconds_a_bucket(executor)
 
     def _gate(self, exits: bool) -> Gate:
         kind, thresholds = self.config.fusion.confidence, self._built.thresholds
@@ -275,8 +313,8 @@ class Pipeline:
     def close(self) -> None:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
+            self._forget_plans()
             self._cut, self._cut_version = None, -1
-            self._executors.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from mmpipe.jobs.progress import Progress, Silent
 from mmpipe.jobs.report import write_report
 from mmpipe.jobs.tally import Tally
 from mmpipe.media import Limits, Listing
-from mmpipe.runtime.executor import Outcome
+from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Prediction, Sample
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmpipe.runtime.executor import Outcome
+from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Prediction, Sample
 
 BINS = 20  # of confidence, from 0 to 1
@@ -83,9 +83,7 @@ class Tally:
             self._show(shown)
         for name, seconds in outcome.seconds.items():
             self.spend(name, seconds)
-        opened = outcome.opened_NM.sum(dim=0).tolist()
-        for modality, count in zip(self.modalities, opened, strict=True):
-            self.files_opened[modality] += int(count)
+        self.files_opened.update(outcome.files_opened)
 
     def spend(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

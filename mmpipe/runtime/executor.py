@@ -1,250 +1,418 @@
-"""Runs any Plan over a set of rows, stage by stage; knows no model and no file.
+"""Runs any scheduled Plan over a set of rows; knows no model and no file.
 
-    feed ─► encoder segments (rows that have the modality) ─► slots ─► head segment ─► gate ─► answered, or next stage
+    feed ─► media slots ─► in ─► segment ─► out ─► slots ─► in ─► head ─► out ─► gate (host) ─► answered, or next stage
 
-Schedule `cascade`: a stage runs over all rows before the next begins, survivors in full buckets. Every bucket has the
-same number of rows, the last one padded, so that a row's bytes depend on its own inputs alone.
+    Executor   a plan, lowered and bound to memory, with its streams; `run` takes rows to their answers
+    _Cascade   stage by stage over all rows, survivors in full buckets, several lanes in flight: throughput
+    _Parallel  all branches of one bucket at once; a gate cancels what its answers made useless: latency
 
-Shapes: N rows of the run, R rows of a bucket, M modality (branch), L label.
+Every bucket has the same number of rows, the last one filled up, so that a row's bytes depend on its own inputs alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.backends import Lowered
-from mmpipe.graphs.plan import HEAD, PRESENCE, Exit, Plan, Segment
+from mmpipe.graphs.plan import HEAD, Plan, Segment
+from mmpipe.runtime.device import Device, HostDevice
+from mmpipe.runtime.lanes import Lane, Rows, Watch, Work
+from mmpipe.runtime.ledger import Gate, Ledger, Look, Outcome
+from mmpipe.runtime.pool import MediaRows, Pool, SlotRows
+from mmpipe.runtime.streams import StepFailed, Stream
 
-T = TypeVar("T")
-Inputs = Mapping[str, Tensor]  # input name without its branch → one row
+Answered = Callable[[int], None]
 
 
 class Feed(Protocol):
-    """Where rows come from: opens and prepares one modality of the rows asked for, in their order."""
+    """Where rows come from: opens and prepares one modality of the rows asked for, in their order, into media slots."""
 
-    def __call__(self, branch: str, rows: Sequence[int]) -> Iterator[Inputs | MediaError]: ...
-
-
-class Gate(Protocol):
-    """Logits [R, L] → probabilities [R, L], confidence [R], and who leaves at this exit [R] bool."""
-
-    def __call__(self, exit_index: int, logits_RL: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-@dataclass
-class Look:
-    """One exit's look at the rows it gated: the trace that stories and reports are told from."""
-
-    exit_index: int
-    rows: list[int]
-    labels: list[int]
-    confidences: list[float]
-
-
-@dataclass
-class Outcome:
-    """What became of N rows."""
-
-    present_NM: Tensor  # bool: what could be used; a failed medium is not
-    opened_NM: Tensor  # bool: what was opened, whether it could be used or not
-    embedded_NM: Tensor  # bool: whose embedding was computed
-    exit_N: Tensor  # int64: index of the exit that answered; -1: none did
-    confidence_N: Tensor
-    probabilities_NL: Tensor | None = (
-        None  # float32; None for a pipeline that only embeds, and where no exit was reached
-    )
-    embeddings: dict[str, Tensor] = field(default_factory=dict)  # branch → [N, dim]
-    failures: dict[int, dict[str, MediaError]] = field(default_factory=dict)  # row → modality → why
-    looks: list[Look] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # segment → seconds; "waiting": for media
+    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[int | MediaError]: ...
 
 
 class Executor:
-    """A plan, lowered. One run at a time."""
+    """A scheduled plan, lowered, with its pool and streams. One run at a time. `close` it: it holds threads.
+
+    `threads`: for each stream that computes; part of the numerics.
+    """
 
     def __init__(
-        self, plan: Plan, lowered: Mapping[str, Lowered], *, bucket_rows: int, threads: int, gate: Gate | None
+        self,
+        plan: Plan,
+        lowered: Mapping[str, Lowered],
+        *,
+        threads: int,
+        gate: Gate | None,
+        device: Device | None = None,
+        watches: Mapping[str, Watch] | None = None,
     ) -> None:
-        self.plan, self.lowered, self.bucket_rows, self.threads, self.gate = plan, lowered, bucket_rows, threads, gate
-        self.columns = {branch.name: column for column, branch in enumerate(plan.branches)}
-        self._values = {value.name: value for value in plan.values}
-        self.wanted = {value for _, value in plan.embeddings}
-        self._staging: dict[tuple[str, str], Tensor] = {}
+        assert plan.stage_plans, "a plan is scheduled before it runs"
+        self.plan, self.threads, self.gate = plan, threads, gate
+        self.device = device or HostDevice()
+        self.pool = Pool(plan, self.device)
+        self.watches = dict(watches or {})
+        names = dict.fromkeys(name for stage_plan in plan.stage_plans for name in stage_plan.streams)
+        self.streams: dict[str, Stream] = {
+            name: self.device.stream(name, 1 if name in ("in", "out") else threads) for name in names
+        }
+        self._end = weakref.finalize(self, _close, list(self.streams.values()))
+        self.works = [
+            [Work(plan, stage_plan, lane, self.pool, lowered, self.watches) for lane in range(plan.lanes)]
+            for stage_plan in plan.stage_plans
+        ]
+        self.lanes = [Lane(number, self.streams) for number in range(plan.lanes)]
+        self.media = {
+            branch.name: self.pool.media(branch.inputs)
+            for branch in plan.branches
+            if any(f"media/{name}" in (b.name for b in s.buffers) for name in branch.inputs for s in plan.stage_plans)
+        }
 
-    def run(self, present_NM: Tensor, feed: Feed, *, answered: Callable[[int], None] = lambda count: None) -> Outcome:
-        """Run rows to their answers. `answered(count)` is told how many rows have just been done with."""
+    def run(self, present_NM: Tensor, feed: Feed, *, answered: Answered = lambda count: None) -> Outcome:
+        """Run rows to their answers. `answered(count)` is told how many rows have just been done with.
+
+        Raises MmpipeError that names the segment where a model, or memory, gave way.
+        """
+        parallel = len(self.plan.stage_plans[0].stages) > 1
         with torch.inference_mode(), _threads(self.threads):
-            return _Run(self, present_NM.clone(), feed, answered).all_stages()
+            run = (_Parallel if parallel else _Cascade)(self, present_NM, feed, answered)
+            try:
+                run.all_rows()
+            except StepFailed as error:
+                cause = error.__cause__
+                reason = (str(cause).splitlines() or ["no memory left" if isinstance(cause, MemoryError) else ""])[0]
+                raise MmpipeError(f"segment {error.step} failed: {type(cause).__name__}: {reason}") from cause
+            finally:
+                self._quiet()
+                run.close()
+            return run.ledger.close()
 
-    def stage_in(self, segment: str, name: str, rows: Sequence[Tensor] | Tensor) -> Tensor:
-        """Rows as one bucket, padded with the first of them. The bucket's memory is used again by the next call."""
-        value = self._values[name]
-        key = (segment, name)
-        if key not in self._staging:
-            self._staging[key] = torch.zeros(self.bucket_rows, *value.shape, dtype=value.dtype)
-        bucket = self._staging[key]
-        for position, row in enumerate(rows):
-            bucket[position] = row
-        bucket[len(rows) :] = bucket[0].clone()
-        return bucket
+    def _quiet(self) -> None:
+        """However a run ended: nothing of it works on the pool any more, and every row of media is free."""
+        for lane in self.lanes:
+            lane.drop()
+        for stream in self.streams.values():
+            stream.synchronize()
 
-    def slots(self, name: str, rows: int) -> Tensor:
-        """Per-sample rows of a value that outlives a bucket; zeros where nothing was computed."""
-        value = self._values[name]
-        return torch.zeros(rows, *value.shape, dtype=value.dtype)
+    def close(self) -> None:
+        self._end()
 
 
-class _Run:
-    """The state of one run. Stages only ever move rows out of `live`."""
+def _close(streams: Iterable[Stream]) -> None:
+    for stream in streams:
+        stream.close()
 
-    def __init__(self, executor: Executor, present_NM: Tensor, feed: Feed, answered: Callable[[int], None]) -> None:
+
+class _Running:
+    """What both schedules share: rows and their slots, media as they come, gates as they answer."""
+
+    def __init__(self, executor: Executor, present_NM: Tensor, feed: Feed, answered: Answered) -> None:
         self.executor, self.plan, self.feed, self.answered = executor, executor.plan, feed, answered
-        count = present_NM.shape[0]
-        self.outcome = Outcome(
-            present_NM=present_NM,
-            opened_NM=torch.zeros_like(present_NM),
-            embedded_NM=torch.zeros_like(present_NM),
-            exit_N=torch.full((count,), -1),
-            confidence_N=torch.zeros(count),
-        )
-        self.live_N = torch.ones(count, dtype=torch.bool)
-        self.tables: dict[str, Tensor] = {}
-        self.fed: set[str] = set()
-        self.embedding_of = dict(executor.plan.embeddings)
+        self.ledger = Ledger(executor.plan, present_NM, executor.gate)
+        self.count = present_NM.shape[0]
+        self.bucket = executor.plan.stage_plans[0].rows
+        self.slots = SlotRows(executor.plan.slots)
+        self.slot_of: dict[int, int] = {}
+        self.feeders = {executor.plan.feeder(branch.name).name for branch in executor.plan.branches}
+        self.embedding_of = {value: branch for branch, value in executor.plan.embeddings}
+        self.looks: dict[int, Look] = {}
+        self.flying: deque[Lane] = deque()
+        self.sources: list[Iterator[tuple[int, int]]] = []
+        self.serial = 0
 
-    def all_stages(self) -> Outcome:
-        for stage in range(self.plan.stages):
-            for segment in self.plan.stage(stage):
-                if segment.branch == HEAD:
-                    self._head(segment, self.plan.exits[stage])
-                else:
-                    self._encoder(segment)
-            self._free(stage)
-        for branch, value in self.plan.embeddings:
-            if value in self.tables:
-                self.outcome.embeddings[branch] = self.tables[value]
-        self.answered(int(self.live_N.sum()))
-        if not self.plan.exits:  # nothing to be sure of: the last stage answers for every row that has anything
-            self.outcome.exit_N[self.outcome.present_NM.any(dim=1)] = 0
-        return self.outcome
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()  # type: ignore[attr-defined]
+        for media in self.executor.media.values():
+            media.reset()
+        looks = [self.looks[number] for number in sorted(self.looks)]
+        self.ledger.outcome.looks = [look for look in looks if look.rows]
 
-    def _encoder(self, segment: Segment) -> None:
-        column = self.executor.columns[segment.branch]
-        rows = (self.live_N & self.outcome.present_NM[:, column]).nonzero().flatten().tolist()
-        opened = segment.branch not in self.fed
-        self.fed.add(segment.branch)
-        source = self._opened(segment.branch, column, rows) if opened else ((row, {}) for row in rows)
-        for bucket in _chunks(source, self.executor.bucket_rows):
-            kept_K = torch.tensor([row for row, _ in bucket])
-            given = {f"{segment.branch}.{short}": [inputs[short] for _, inputs in bucket] for short in bucket[0][1]}
-            for name, tensors in given.items():
-                if any(name in other.inputs and other is not segment for other in self.plan.segments):
-                    self._table(name)[kept_K] = torch.stack(tensors)
-            written = self._call(segment, kept_K, given)
-            if self.embedding_of[segment.branch] in written:
-                self.outcome.embedded_NM[kept_K, column] = True
+    def admit(self, row: int) -> None:
+        self.slot_of[row] = self.slots.take()
 
-    def _opened(self, branch: str, column: int, rows: list[int]) -> Iterator[tuple[int, Inputs]]:
-        """Rows as they come from the feed; a row whose medium failed loses that modality and is left out."""
-        clock = time.perf_counter()
-        for row, result in zip(rows, self.feed(branch, rows), strict=True):
-            self._spent("waiting", time.perf_counter() - clock)
-            self.outcome.opened_NM[row, column] = True
-            if isinstance(result, MediaError):
-                self.outcome.present_NM[row, column] = False
-                self.outcome.failures.setdefault(row, {})[branch] = result
-            else:
-                yield row, result
-            clock = time.perf_counter()
+    def dismiss(self, row: int) -> None:
+        self.slots.give_back(self.slot_of.pop(row))
 
-    def _head(self, segment: Segment, exit_: Exit) -> None:
-        have_NM = self.outcome.present_NM
-        seen = [self.executor.columns[name] for name in exit_.sees]
-        new = [self.executor.columns[name] for name in exit_.brings]
-        brought_N = have_NM[:, new].any(dim=1)
-        any_N = have_NM[:, seen].any(dim=1)
-        last = segment.stage == self.plan.stages - 1
-        rows_N = self.live_N & (any_N if segment.every_row else brought_N)
-        look = Look(segment.stage, [], [], [])
-        for kept in _chunks(iter(rows_N.nonzero().flatten().tolist()), self.executor.bucket_rows):
-            kept_K = torch.tensor(kept)
-            written = self._call(segment, kept_K, {})
-            self._gate(exit_, written, kept_K, last | brought_N, look)
-        if look.rows:
-            self.outcome.looks.append(look)
+    def open(self, branch: str, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(row, media slot) as they come; a row whose medium failed loses that modality and is left out."""
+        found = self._opened(branch, rows)
+        self.sources.append(found)
+        return found
 
-    def _gate(self, exit_: Exit, written: Mapping[str, Tensor], rows_K: Tensor, gated_N: Tensor, look: Look) -> None:
-        """Let the sure rows leave. The gate sees the whole padded bucket: its arithmetic too must be that of a plan."""
-        assert self.executor.gate is not None
-        outcome, count = self.outcome, len(rows_K)
-        probabilities_RL, confidence_R, leaves_R = self.executor.gate(look.exit_index, written[exit_.value])
-        if outcome.probabilities_NL is None:
-            outcome.probabilities_NL = torch.zeros(len(outcome.exit_N), probabilities_RL.shape[1])
-        gated_K = gated_N[rows_K]
-        look.rows += rows_K[gated_K].tolist()
-        look.labels += probabilities_RL[:count].argmax(dim=1)[gated_K].tolist()
-        look.confidences += confidence_R[:count][gated_K].tolist()
-        leaving_K = leaves_R[:count] & gated_K
-        leaving = rows_K[leaving_K]
-        outcome.exit_N[leaving] = look.exit_index
-        outcome.probabilities_NL[leaving] = probabilities_RL[:count][leaving_K]
-        outcome.confidence_N[leaving] = confidence_R[:count][leaving_K]
-        self.live_N[leaving] = False
-        self.answered(int(leaving_K.sum()))
-
-    def _call(self, segment: Segment, rows_K: Tensor, given: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Run one bucket, from what is `given` and else from slots; what others read goes to slots."""
-        arguments = []
-        for name in (*segment.inputs, *segment.reads):
-            if name in given:
-                rows: Sequence[Tensor] | Tensor = given[name]
-            else:
-                rows = (self.outcome.present_NM if name == PRESENCE else self._table(name))[rows_K]
-            arguments.append(self.executor.stage_in(segment.name, name, rows))
-        clock = time.perf_counter()
+    def _opened(self, branch: str, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+        source = self.feed(branch, rows, self.executor.media[branch])
         try:
-            outputs = self.executor.lowered[segment.name](*arguments)
-        except Exception as error:  # a model, or memory, gave way: the run ends, and says where
-            reason = (str(error).splitlines() or ["no memory left" if isinstance(error, MemoryError) else ""])[0]
-            raise MmpipeError(f"segment {segment.name} failed: {type(error).__name__}: {reason}") from error
-        written = dict(zip(segment.writes, outputs, strict=True))
-        self._spent(segment.name, time.perf_counter() - clock)
-        for name, bucket in written.items():
-            if name in self.executor.wanted or self.plan.last_read(name) >= 0:
-                self._table(name)[rows_K] = bucket[: len(rows_K)]
-        return written
+            for row in rows:
+                clock = time.perf_counter()
+                result = next(source)
+                self.ledger.spent("waiting", time.perf_counter() - clock)
+                failure = result if isinstance(result, MediaError) else None
+                self.ledger.opened(branch, row, failure)
+                yield row, -1 if isinstance(result, MediaError) else result
+        finally:
+            source.close()  # type: ignore[attr-defined]
 
-    def _table(self, name: str) -> Tensor:
-        if name not in self.tables:
-            self.tables[name] = self.executor.slots(name, len(self.live_N))
-        return self.tables[name]
+    def lane(self) -> Lane:
+        """A free lane: the oldest run is finished first when all are in flight."""
+        if len(self.flying) == len(self.executor.lanes):
+            self.finish(self.flying.popleft())
+        lane = next(lane for lane in self.executor.lanes if lane.run is None)
+        self.flying.append(lane)
+        return lane
 
-    def _free(self, stage: int) -> None:
-        for name in list(self.tables):
-            if name not in self.executor.wanted and self.plan.last_read(name) <= stage:
-                del self.tables[name]
+    def land(self) -> None:
+        """Finish every run in flight, the oldest first."""
+        while self.flying:
+            self.finish(self.flying.popleft())
 
-    def _spent(self, name: str, seconds: float) -> None:
-        self.outcome.seconds[name] = self.outcome.seconds.get(name, 0.0) + seconds
+    def begin(self, lane: Lane, stage_plan: int) -> Work:
+        work = self.executor.works[stage_plan][lane.number]
+        lane.begin(work, self.serial)
+        self.serial += 1
+        return work
+
+    def write(self, work: Work, segment: Segment, rows: Rows) -> None:
+        """The host's part of a segment's run: row numbers, and who has what."""
+        work.write_rows(segment.name, rows)
+        if segment.branch == HEAD:
+            work.write_presence(segment.name, self.ledger.outcome.present_NM[rows.rows])
+
+    def submitted(self, lane: Lane, segment: Segment, rows: Rows) -> None:
+        if rows.media:
+            self.executor.media[segment.branch].read(rows.media, lane.events[f"in:{segment.name}"])
+
+    def gate(self, lane: Lane, segment: Segment) -> None:
+        """Wait for a head's answer and let the sure rows leave."""
+        exit_ = self.plan.exits[segment.stage]
+        rows = lane.rows[segment.name].rows
+        look = self.looks.setdefault(segment.stage, Look(segment.stage, [], [], []))
+        self.answered(self.ledger.gate(segment.stage, lane.answer(segment.name, exit_.value), rows, look))
+
+    def finish(self, lane: Lane) -> None:
+        """Take a run's answers and free its lane."""
+        work = lane.work
+        assert work is not None
+        for segment in self.plan.segments:
+            if segment.branch == HEAD and segment.name in lane.rows:
+                self.gate(lane, segment)
+        spans = lane.end()
+        for span in spans:
+            self.ledger.outcome.spans.append(span)
+            if ":" not in span.step:
+                self.ledger.spent(span.step, span.end - span.start)
+        ended = {span.step for span in spans}
+        for segment in self.plan.segments:
+            if segment.branch != HEAD and f"out:{segment.name}" in ended:
+                for value in {*segment.writes} & {*self.embedding_of}:
+                    rows = lane.rows[segment.name].rows
+                    self.ledger.embedded(self.embedding_of[value], rows, work.views[f"{segment.name}/answer/{value}"])
+        for name, values in work.watched.items():
+            rows = lane.rows[name].rows
+            self.executor.watches[name].deliver(rows, {key: value[: len(rows)] for key, value in values.items()})
+        work.watched.clear()
 
 
-def _chunks(source: Iterator[T], size: int) -> Iterator[list[T]]:
-    chunk: list[T] = []
-    for item in source:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+class _Cascade(_Running):
+    """A stage runs over all rows that wait for it before the next begins, so that survivors fill buckets.
+
+    Where the slots don't hold all rows, the deepest stage drains first: its samples give their slots back.
+    """
+
+    def all_rows(self) -> None:
+        self.waiting: list[list[int]] = [[] for _ in range(self.plan.stages)]
+        next_row = 0
+        while True:
+            while next_row < self.count and len(self.slots):
+                self.admit(next_row)
+                self.waiting[0].append(next_row)
+                next_row += 1
+            stage = self._choose(all_in=next_row == self.count)
+            if stage is None:
+                return
+            rows, self.waiting[stage] = self.waiting[stage], []
+            self._stage(stage, rows)
+
+    def _choose(self, *, all_in: bool) -> int | None:
+        stages = [stage for stage, rows in enumerate(self.waiting) if rows]
+        if not stages or stages[0] == 0 or all_in:
+            return stages[0] if stages else None
+        full = [stage for stage in stages if len(self.waiting[stage]) >= self.bucket]
+        return (full or stages)[-1]
+
+    def _stage(self, stage: int, rows: list[int]) -> None:
+        segments = list(self.plan.stage(stage))
+        heads = [segment for segment in segments if segment.branch == HEAD]
+        encoders = [_Supply(self, segment, rows) for segment in segments if segment.branch != HEAD]
+        ready: deque[int] = deque()
+        checked = 0
+        while True:
+            taken = {supply.segment.name: supply.take(self.bucket) for supply in encoders}
+            while checked < len(rows) and all(supply.has_passed(rows[checked]) for supply in encoders):
+                if heads and self.ledger.wants_head(heads[0], rows[checked]):
+                    ready.append(rows[checked])
+                checked += 1
+            if heads and (len(ready) >= self.bucket or checked == len(rows)):
+                chosen = [ready.popleft() for _ in range(min(self.bucket, len(ready)))]
+                taken[heads[0].name] = self._numbers(chosen)
+            if any(found.rows for found in taken.values()):
+                self._submit(stage, segments, taken)
+            elif checked == len(rows) and not ready:
+                break
+        self.land()
+        last = stage == self.plan.stages - 1
+        for row in rows:
+            if last or not bool(self.ledger.live_N[row]):
+                if bool(self.ledger.live_N[row]):
+                    self.answered(1)  # done with, though nothing answered
+                self.dismiss(row)
+            else:
+                self.waiting[stage + 1].append(row)
+
+    def _numbers(self, rows: list[int]) -> Rows:
+        return Rows(rows, [self.slot_of[row] for row in rows])
+
+    def _submit(self, stage: int, segments: Sequence[Segment], taken: Mapping[str, Rows]) -> None:
+        lane = self.lane()
+        work = self.begin(lane, stage)
+        for segment in segments:
+            if taken[segment.name].rows:
+                self.write(work, segment, taken[segment.name])
+        for step in work.stage_plan.steps:
+            rows = taken[step.segment]
+            lane.submit(step, rows if rows.rows else None)
+        for segment in segments:
+            self.submitted(lane, segment, taken[segment.name])
+
+
+class _Supply:
+    """The rows of one encoder's segment in one stage, a bucket at a time, in order."""
+
+    def __init__(self, run: _Running, segment: Segment, rows: Sequence[int]) -> None:
+        self.run, self.segment = run, segment
+        mine = run.ledger.having(segment.branch, rows)
+        self._left = dict.fromkeys(mine)  # in order; what has been handed on is gone
+        feeds = segment.name in run.feeders and segment.branch in run.executor.media
+        self._source = run.open(segment.branch, mine) if feeds else iter([(row, -2) for row in mine])
+
+    def has_passed(self, row: int) -> bool:
+        """Whether a row has been handed on, has failed, or was never one of these."""
+        return row not in self._left
+
+    def take(self, count: int) -> Rows:
+        found = Rows([], [])
+        while len(found.rows) < count and self._left:
+            row, media = next(self._source)
+            del self._left[row]
+            if media == -1:
+                continue
+            found.rows.append(row)
+            found.slots.append(self.run.slot_of[row])
+            if media >= 0:
+                found.media.append(media)
+        return found
+
+
+class _Parallel(_Running):
+    """Every branch of a bucket's rows starts at once, those of later exits too. When a gate has let all rows leave,
+    what has not begun is dropped."""
+
+    def all_rows(self) -> None:
+        everyone = list(range(self.count))
+        asked = {name: self.ledger.having(name, everyone) for name in self.executor.media}
+        self.supplies = {name: self.open(name, rows) for name, rows in asked.items()}
+        self.rows_of: dict[int, list[int]] = {}  # lane → rows of its bucket
+        self.gated: set[tuple[int, str]] = set()
+        for start in range(0, self.count, self.bucket):
+            self._bucket(everyone[start : start + self.bucket])
+        self.land()
+        self.ledger.outcome.files_opened = {name: len(rows) for name, rows in asked.items()}
+        self.ledger.forget_speculation()
+
+    def _bucket(self, rows: list[int]) -> None:
+        lane = self.lane()
+        self.rows_of[lane.number] = rows
+        for row in rows:
+            self.admit(row)
+        work = self.begin(lane, 0)
+        chosen: dict[str, Rows | None] = {}
+        for step in work.stage_plan.steps:
+            segment = self.plan.segment(step.segment)
+            if step.does == "in":
+                chosen[segment.name] = found = self._rows(lane, segment, rows)
+                if found is not None:
+                    self.write(work, segment, found)
+            lane.submit(step, chosen[segment.name])
+            if step.does == "in" and (found := chosen[segment.name]) is not None:
+                self.submitted(lane, segment, found)
+
+    def _rows(self, lane: Lane, segment: Segment, rows: list[int]) -> Rows | None:
+        """The rows of one segment; None where there are none, or nobody needs it any more."""
+        assert lane.run is not None
+        self._look(lane)
+        if lane.run.stopped:
+            return None
+        if segment.branch == HEAD:
+            wanted = [row for row in rows if self.ledger.wants_head(segment, row)]
+            found = Rows(wanted, [self.slot_of[row] for row in wanted])
+        elif segment.name in self.feeders and segment.branch in self.supplies:
+            found = self._fed(segment.branch, rows)
+        else:
+            wanted = self.ledger.having(segment.branch, rows)
+            found = Rows(wanted, [self.slot_of[row] for row in wanted])
+        return found if found.rows else None
+
+    def _fed(self, branch: str, rows: list[int]) -> Rows:
+        found = Rows([], [])
+        media = self.executor.media[branch]
+        left = set(self.ledger.having(branch, rows))
+        while left:
+            row, slot = next(self.supplies[branch])
+            if row not in left:  # of a bucket that all rows had left before this was asked for
+                if slot >= 0:
+                    media.release(slot)
+                continue
+            left.discard(row)
+            if slot >= 0:
+                found.rows.append(row)
+                found.slots.append(self.slot_of[row])
+                found.media.append(slot)
+        return found
+
+    def _look(self, lane: Lane) -> None:
+        """Take the answers that are there, without waiting, and cancel what they made useless."""
+        for segment in self.plan.segments:
+            event = lane.events.get(f"out:{segment.name}")
+            if segment.branch == HEAD and segment.name in lane.rows:
+                if event is None or not event.done():
+                    return  # gates answer in the order of their stages
+                self.gate(lane, segment)
+
+    def gate(self, lane: Lane, segment: Segment) -> None:
+        if (lane.number, segment.name) in self.gated:
+            return
+        rows = self.rows_of[lane.number]
+        if bool(self.ledger.live_N[rows].any()):
+            super().gate(lane, segment)
+            self.gated.add((lane.number, segment.name))
+        if not bool(self.ledger.live_N[rows].any()) and lane.run is not None:
+            lane.run.cancel()
+
+    def finish(self, lane: Lane) -> None:
+        super().finish(lane)
+        self.gated = {(number, name) for number, name in self.gated if number != lane.number}
+        for row in self.rows_of.pop(lane.number):
+            if bool(self.ledger.live_N[row]):
+                self.answered(1)  # done with, though nothing answered
+            self.dismiss(row)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import torch
 
 from mmpipe.jobs import tally
 from mmpipe.jobs.tally import Shown, Step, Tally, story_of
-from mmpipe.runtime.executor import Look, Outcome
+from mmpipe.runtime.ledger import Look, Outcome
 from mmpipe.types import Prediction, Sample
 
 MODALITIES = ("image", "text")
@@ -19,6 +19,7 @@ def added(predictions, looks=(), seconds=None, made=None):
     opened = torch.tensor([[name in p.used + p.failed for name in MODALITIES] for p in predictions]).reshape(count, 2)
     outcome = Outcome(opened, opened, opened, torch.zeros(count), torch.zeros(count), looks=list(looks))
     outcome.seconds = seconds or {}
+    outcome.files_opened = dict(zip(MODALITIES, opened.sum(0).tolist(), strict=True))
     made.add([Sample(p.id, {}) for p in predictions], predictions, outcome)
     return made
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from mmpipe.jobs.tally import Tally
-from mmpipe.runtime.executor import Look, Outcome
+from mmpipe.runtime.ledger import Look, Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
 LABELS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -69,6 +69,7 @@ def tally_of(
             look.labels.append(labels.index(label))
             look.confidences.append(confidence)
     outcome = Outcome(opened, opened, opened, torch.zeros(count), torch.zeros(count), looks=looks if labels else [])
+    outcome.files_opened = dict(zip(MODALITIES, opened.sum(0).tolist(), strict=True))
     tally.add([sample for sample, _, _ in items], [prediction for _, prediction, _ in items], outcome)
     return tally
 

@@ -99,9 +99,8 @@ def _reads(plan: StagePlan, earlier: Sequence[int], written_before: set[str]) ->
             if used[name][1] & earlier[index] == 0:
                 writers = members(used[name][1] & ~(1 << index))
                 if writers:
-                    _fail(
-                        plan, f"{step.name} reads {name}, and nothing makes {plan.steps[writers[0]].name} write first"
-                    )
+                    writer = plan.steps[writers[0]].name
+                    _fail(plan, f"{step.name} reads {name}, and nothing makes {writer} write first")
                 _fail(plan, f"{step.name} reads {name}, which nothing wrote")
 
 
@@ -161,5 +160,5 @@ def _runs(plan: StagePlan) -> None:
             if shared and write != read and not earlier[count + read] >> write & 1:
                 _fail(
                     plan,
-                    f"{reader.name} reads {min(shared)}, and may do so before {writer.name} of the run before has written",
+                    f"{reader.name} reads {min(shared)}, perhaps before {writer.name} of the run before has written",
                 )

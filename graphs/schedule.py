@@ -44,8 +44,8 @@ def place(
     """Schedule, place in memory and prove: `plan` with its stage plans for buckets of `rows`.
 
     `layout`: a name of LAYOUTS, or your own. `parallel`: one stage plan for all stages, which starts every branch at
-    once. `slots`: samples that may be live at once; `media`: decoded media of one modality that may wait (default: three
-    buckets: one being filled, one read, one ahead). Raises PlanError where a proof fails.
+    once. `slots`: samples that may be live at once; `media`: decoded media of one modality that may wait (default:
+    three buckets: one being filled, one read, one ahead). Raises PlanError where a proof fails.
     """
     on = LAYOUTS[layout] if isinstance(layout, str) else layout
     slots = max(rows * lanes, rows if slots is None else slots)

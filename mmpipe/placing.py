@@ -1,6 +1,7 @@
 """A cut graph and a machine → the plan that runs: which schedule and streams, how many rows, lanes and slots.
 
-Every `auto` of `runtime` is decided here, with its reason; what does not fit into `memory_limit` is refused with figures.
+Every `auto` of `runtime` is decided here, with its reason; what does not fit into `memory_limit` is refused with
+figures.
 """
 
 from __future__ import annotations

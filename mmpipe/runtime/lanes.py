@@ -178,7 +178,8 @@ class Lane:
 
     def submit(self, step: Step, rows: Rows | None) -> None:
         """Put one step on its stream; `rows` None: its segment has nothing to do in this run."""
-        assert self.work is not None and self.run is not None
+        assert self.work is not None
+        assert self.run is not None
         stream = self.streams[step.stream]
         for name in step.waits:
             stream.wait(self.events[name])
@@ -196,7 +197,8 @@ class Lane:
 
     def end(self) -> list[Span]:
         """Wait for every step; the lane is free again. Raises StepFailed."""
-        assert self.work is not None and self.run is not None
+        assert self.work is not None
+        assert self.run is not None
         for name in self.work.stage_plan.ends:
             if name in self.events:
                 self.events[name].wait()

@@ -96,7 +96,7 @@ class Ledger:
             self.outcome.failures.setdefault(row, {})[branch] = failure
 
     def wants_head(self, segment: Segment, row: int) -> bool:
-        """Whether a row is for the head's segment: the exit brings it something new, or a later stage goes on from it."""
+        """Whether a row is for the head's segment: the exit brings it something new, or a later stage reads it."""
         exit_ = self.plan.exits[segment.stage]
         return bool(self.live_N[row]) and self._has(row, exit_.sees if segment.every_row else exit_.brings)
 

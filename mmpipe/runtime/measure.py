@@ -32,7 +32,7 @@ class MadeUp:
 
 
 def plausible(value: Value) -> Tensor:
-    """One row: ones for whole numbers (token ids, masks), noise for others: zeros would be computed faster than media."""
+    """One row: ones for whole numbers (token ids, masks), noise for others: zeros would be computed too fast."""
     make = torch.Generator().manual_seed(0)
     if value.dtype.is_floating_point:
         return torch.randn(value.shape, generator=make).to(value.dtype)

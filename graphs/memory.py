@@ -27,9 +27,14 @@ def conflicts(steps: Sequence[Step], buffers: Sequence[Buffer]) -> dict[str, set
     scratch = [buffer.name for buffer in buffers if buffer.home == "scratch"]
     found: dict[str, set[str]] = {name: set() for name in scratch}
 
+    surely: dict[str, int] = {}  # buffer → the steps that happen before each of its writes
+    for name in scratch:
+        surely[name] = -1
+        for write in members(used.get(name, (0, 0))[1]):
+            surely[name] &= earlier[write]
+
     def ends_before(one: str, other: str) -> bool:
-        uses, writes = used.get(one, (0, 0))[0], used.get(other, (0, 0))[1]
-        return all(uses & ~earlier[write] == 0 for write in members(writes))
+        return used.get(one, (0, 0))[0] & ~surely[other] == 0
 
     for position, one in enumerate(scratch):
         for other in scratch[position + 1 :]:

@@ -28,7 +28,7 @@ from mmpipe.runtime.device import Device, HostDevice
 from mmpipe.runtime.lanes import Lane, Rows, Watch, Work
 from mmpipe.runtime.ledger import Gate, Ledger, Look, Outcome
 from mmpipe.runtime.pool import MediaRows, Pool, SlotRows
-from mmpipe.runtime.streams import StepFailed, Stream
+from mmpipe.runtime.streams import StepFailed, Stream, StreamClosed
 
 Answered = Callable[[int], None]
 
@@ -90,6 +90,8 @@ class Executor:
                 cause = error.__cause__
                 reason = (str(cause).splitlines() or ["no memory left" if isinstance(cause, MemoryError) else ""])[0]
                 raise MmpipeError(f"segment {error.step} failed: {type(cause).__name__}: {reason}") from cause
+            except StreamClosed as error:
+                raise MmpipeError("closed while it ran") from error
             finally:
                 self._quiet()
                 run.close()

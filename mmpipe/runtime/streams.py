@@ -30,6 +30,10 @@ class StepFailed(Exception):
         self.__cause__ = cause
 
 
+class StreamClosed(RuntimeError):
+    """Work was given to a stream that has been closed."""
+
+
 class Run:
     """One run in one lane. Streams ask it before each step; the first failure is kept.
 
@@ -155,7 +159,7 @@ class HostStream:
 
     def _put(self, work: Work) -> None:
         if self._closed:
-            raise RuntimeError(f"stream {self.name} is closed")
+            raise StreamClosed(f"stream {self.name} is closed")
         self._queue.put(work)
 
 

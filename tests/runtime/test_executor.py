@@ -42,7 +42,7 @@ class Rows:
                 yield slot
 
 
-def executor(specs, thresholds, *, rows=8, **placed):
+def executor(specs, thresholds, *, rows=8, device=None, **placed):
     graph = fused(PARTS, specs)
     optimise(graph)
     made = cut(graph)
@@ -56,7 +56,7 @@ def executor(specs, thresholds, *, rows=8, **placed):
 
     lowered = {segment.name: lower("eager", segment, made.modules[segment.name]) for segment in made.plan.segments}
     plan = place(made.plan, rows=rows, **{"layout": "one", "slots": 64, **placed})
-    return Executor(plan, lowered, threads=1, gate=decide), graph
+    return Executor(plan, lowered, threads=1, gate=decide, device=device), graph
 
 
 def subset(rows, keep):

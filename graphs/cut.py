@@ -234,6 +234,7 @@ def _segment(
         else:
             env[node] = made.node_copy(node, lambda n: constant(n) if n.op == "get_attr" else env[n])
         env[node].meta.setdefault("mmpipe", mark_of(node))
+        env[node].meta["fused"] = node.name
 
     for node in floating:
         copy(node)

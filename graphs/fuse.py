@@ -195,7 +195,7 @@ class _Joiner:
 
     def probe(self, probe: Probe, name: str) -> fx.Node:
         """Pool the state after a layer and answer from it."""
-        state = self._layer_output(probe.branch, probe.layer)
+        state = layer_output(self.graph, probe.branch, probe.layer)
         shape = mark_of(state).shape
         assert shape is not None
         base = Mark(HEAD, copy=name)
@@ -221,20 +221,6 @@ class _Joiner:
         logits = replace(base, shape=("B", probe.weight_LD.shape[0]), dtype=torch.float32)
         return self._node(aten.linear.default, (state, weight_node, bias_node), logits)
 
-    def _layer_output(self, branch: str, layer: int) -> fx.Node:
-        """The last tensor of a layer that something outside the layer reads."""
-        inside = {n: None for n in self.graph.nodes if mark_of(n).branch == branch and mark_of(n).layer == layer}
-        outward = [n for n in inside if mark_of(n).batch_leads and any(user not in inside for user in n.users)]
-        if not outward:
-            deepest = max((mark_of(n).layer or 0 for n in self.graph.nodes if mark_of(n).branch == branch), default=0)
-            if layer <= deepest:
-                why = "that layer hands on no tensor with one row per sample"
-            else:
-                why = f"the encoder has {deepest} layers" if deepest else "this encoder has no layers to exit from"
-            raise GraphError(f"an exit after {branch}.layer{layer}: {why}")
-        found: fx.Node = outward[-1]
-        return found
-
     def finish(self, output: dict[str, dict[str, fx.Node]]) -> FusedGraph:
         self.graph.erase_node(self.start)
         self.graph.output(output).meta["mmpipe"] = Mark(HEAD)
@@ -243,6 +229,21 @@ class _Joiner:
         fused.recompile()
         fused.eval()
         return fused
+
+
+def layer_output(graph: fx.Graph, branch: str, layer: int) -> fx.Node:
+    """The last tensor of a layer that something outside the layer reads. GraphError where there is no such."""
+    inside = {n: None for n in graph.nodes if mark_of(n).branch == branch and mark_of(n).layer == layer}
+    outward = [n for n in inside if mark_of(n).batch_leads and any(user not in inside for user in n.users)]
+    if not outward:
+        deepest = max((mark_of(n).layer or 0 for n in graph.nodes if mark_of(n).branch == branch), default=0)
+        if layer <= deepest:
+            why = "that layer hands on no tensor with one row per sample"
+        else:
+            why = f"the encoder has {deepest} layers" if deepest else "this encoder has no layers to exit from"
+        raise GraphError(f"after {branch}.layer{layer}: {why}")
+    found: fx.Node = outward[-1]
+    return found
 
 
 def outputs_of(graph: fx.Graph) -> dict[str, dict[str, fx.Node]]:

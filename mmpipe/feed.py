@@ -17,6 +17,7 @@ from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.plan import Plan
 from mmpipe.media import Ahead, Limits, estimate_bytes
 from mmpipe.media import load as load_medium
+from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
 from mmpipe.types import Sample
 
@@ -35,6 +36,7 @@ class Feed:
         self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
         self.values = {value.name: value for value in plan.values}
         self.core_seconds = 0.0  # spent decoding and preparing, on all workers
+        self.spans: list[Decoding] = []
         self._lock = threading.Lock()
 
     def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[int | MediaError]:
@@ -43,7 +45,7 @@ class Feed:
 
         def load(item: tuple[int, int]) -> MediaError | None:
             row, slot = item
-            clock = time.thread_time()
+            clock, began = time.thread_time(), time.perf_counter()
             try:
                 source = self.samples[row].media[branch]
                 medium = load_medium(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
@@ -52,8 +54,10 @@ class Feed:
             except MediaError as error:
                 return error
             finally:
+                span = Decoding(branch, threading.current_thread().name, began, time.perf_counter())
                 with self._lock:
                     self.core_seconds += time.thread_time() - clock
+                    self.spans.append(span)
 
         def cost(item: tuple[int, int]) -> int:
             source = self.samples[item[0]].media[branch]

@@ -11,7 +11,8 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from mmpipe import media
 from mmpipe.answers import FULL, Answers
@@ -31,7 +33,8 @@ from mmpipe.fusion import gate
 from mmpipe.graphs.backends import lower
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
-from mmpipe.graphs.plan import Plan
+from mmpipe.graphs.plan import GraphError, Plan
+from mmpipe.graphs.watch import find, with_outputs
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
@@ -40,8 +43,26 @@ from mmpipe.loading import collector_paused
 from mmpipe.placing import Resolved, decoding_bytes, placed, resolve
 from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Gate, Outcome
-from mmpipe.runtime.measure import seconds_a_bucket
+from mmpipe.runtime.lanes import Watch
+from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
 from mmpipe.types import MODALITIES, Prediction, Sample
+
+@dataclass(frozen=True)
+class Observation:
+    """What passed a place of the graph: `values[name]` [rows, …] belong to the samples `ids`, in this order."""
+
+    where: str
+    ids: Sequence[str]
+    values: Mapping[str, Tensor]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The value of a place that has one: a layer, an embedding."""
+        (only,) = self.values.values()
+        return only
+
+
+Observer = Callable[[Observation], None]
 
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
 
@@ -59,11 +80,15 @@ class Pipeline:
             self._built: Built = build(config, say=say)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
+        self._numbers = itertools.count()
         self._cut: Cut | None = None
         self._cut_version = -1
         self._resolved: dict[int, Resolved] = {}  # rows → how a plan of that bucket runs; 0: the configuration's
         self._plans: dict[int, Plan] = {}
+        self._left: list[float] = []  # samples that each exit has answered so far
+        self._ids: list[str] = []  # of the samples that run now
+        self._observers: dict[int, tuple[str, Observer]] = {}
         self._executors: dict[tuple[int, bool], Executor] = {}
         self.resolved: Resolved = resolve(config, self._current_cut())
         self._resolved[0] = self.resolved
@@ -174,6 +199,32 @@ class Pipeline:
         refuse(out, mode, inside=input_root(self.config, folder))
         return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
 
+    @contextlib.contextmanager
+    def observe(self, where: str, callback: Observer) -> Iterator[None]:
+        """While this context is open, `callback` gets an Observation for each bucket that passes `where`.
+
+        `where`: a segment ("image@0": all that it writes), a layer ("image.layer4") or an embedding ("image"). The
+        tensors are copies. It is called on the thread that asked for the predictions, between buckets; what it raises
+        ends that run. Raises InputError where there is no such place.
+
+            with pipeline.observe("image.layer2", lambda seen: print(seen.ids, seen.tensor.shape)):
+                pipeline.predict(samples)
+        """
+        try:
+            find(self.graph, self._current_cut(), where)
+        except GraphError as error:
+            raise InputError(str(error)) from error
+        number = next(self._numbers)
+        with self._lock:
+            self._observers[number] = where, callback
+            self._forget_executors()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._observers[number]
+                self._forget_executors()
+
     def job_settings(self) -> JobSettings:
         """What a folder job needs to know of this pipeline."""
         source, output = self.config.source, self.config.output
@@ -227,8 +278,12 @@ class Pipeline:
             ahead = media.Ahead(workers, decoding_bytes(self.resolved.memory_limit), items_ahead=bucket)
             with ahead:
                 feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
+                self._ids = [sample.id for sample in samples]
                 outcome = executor.run(present_NM, feed, answered=answered)
             outcome.seconds["decode"] = feed.core_seconds
+            outcome.decodings = feed.spans
+            if exits:
+                self._count(outcome)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
         answers = Answers(
             labels=self.labels,
@@ -247,10 +302,13 @@ class Pipeline:
         return self._cut
 
     def _forget_plans(self) -> None:
+        self._forget_executors()
+        self._plans.clear()
+
+    def _forget_executors(self) -> None:
         for executor in self._executors.values():
             executor.close()
         self._executors.clear()
-        self._plans.clear()
 
     def _plan(self, rows: int) -> Plan:
         made = self._current_cut()
@@ -269,15 +327,43 @@ class Pipeline:
 
     def _executor_of(self, plan: Plan, threads: int, gate: Gate | None) -> Executor:
         modules = self._current_cut().modules
+        watches, modules = self._watched(modules)
         lowered = {s.name: lower(self.resolved.backend, s, modules[s.name]) for s in plan.segments}
-        return Executor(plan, lowered, threads=threads, gate=gate)
+        return Executor(plan, lowered, threads=threads, gate=gate, watches=watches)
+
+    def _watched(self, modules: Mapping[str, GraphModule]) -> tuple[dict[str, Watch], Mapping[str, GraphModule]]:
+        """Segments that somebody observes return what is looked at, and hand copies of it to the observers."""
+        made, places = self._current_cut(), {}
+        for number, (where, _) in self._observers.items():
+            places[number] = find(self.graph, made, where)
+        watches, changed = {}, dict(modules)
+        for name in dict.fromkeys(place.segment for found in places.values() for place in found):
+            here = {number: [p for p in found if p.segment == name] for number, found in places.items()}
+            extra = tuple(dict.fromkeys(p.node for found in here.values() for p in found if not p.written))
+            changed[name] = with_outputs(modules[name], extra) if extra else modules[name]
+            wanted = {number: [p.node for p in found] for number, found in here.items() if found}
+            watches[name] = Watch(extra, partial(self._tell, wanted))
+        return watches, changed
+
+    def _tell(self, wanted: Mapping[int, Sequence[str]], rows: Sequence[int], values: Mapping[str, Tensor]) -> None:
+        ids = [self._ids[row] for row in rows]
+        for number, names in wanted.items():
+            if number in self._observers:
+                where, callback = self._observers[number]
+                callback(Observation(where, ids, {name: values[name].cpu() for name in names}))
+
+    def _count(self, outcome: Outcome) -> None:
+        exits = self._plan(0).exits
+        self._left = self._left if len(self._left) == len(exits) else [0.0] * len(exits)
+        for index in range(len(exits)):
+            self._left[index] += float((outcome.exit_N == index).sum())
 
     def _measured(self, plan: Plan, threads: int) -> float:
-        """Seconds that a plan takes for one bucket of samples that have everything and leave at no exit."""
+        """Seconds that a plan takes to answer one bucket, at the rates at which samples have left so far."""
         with contextlib.closing(
             self._executor_of(plan, threads, self._gate(False) if plan.exits else None)
         ) as executor:
-            return seconds_a_bucket(executor)
+            return expected_seconds(seconds_to_exits(executor), self._left or None)
 
     def _gate(self, exits: bool) -> Gate:
         kind, thresholds = self.config.fusion.confidence, self._built.thresholds

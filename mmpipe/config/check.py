@@ -26,7 +26,6 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "runtime.device": ("auto", "cpu"),
     "runtime.dtype": ("auto", "float32"),
     "runtime.backend": ("auto", "eager"),
-    "runtime.schedule": ("auto", "cascade"),
     "input.decode": ("exact",),
 }
 

@@ -45,6 +45,16 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """One medium opened, decoded and prepared by one worker; seconds of time.perf_counter."""
+
+    branch: str
+    worker: str
+    start: float
+    end: float
+
+
 @dataclass
 class Outcome:
     """What became of N rows."""
@@ -63,6 +73,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)  # segment → seconds; "waiting": for media
     files_opened: dict[str, int] = field(default_factory=dict)  # branch → how many, what speculation opened included
     spans: list[Span] = field(default_factory=list)  # every step of every run, in the order of its end
+    decodings: list[Decoding] = field(default_factory=list)
 
 
 class Ledger:

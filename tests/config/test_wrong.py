@@ -160,7 +160,7 @@ WRONG: list[tuple[str, int | None, str, str]] = [
         "stands twice",
     ),
     # runtime
-    (f"{START}runtime: {{schedule: parallel}}\n", 4, "runtime.schedule", "use auto or cascade"),
+    (f"{START}runtime: {{schedule: paralel}}\n", 4, "runtime.schedule", "parallel"),
     (f"{START}runtime: {{dtype: bfloat16}}\n", 4, "runtime.dtype", "use auto or float32"),
     (f"{START}runtime: {{dtype: int3}}\n", 4, "runtime.dtype", "bfloat16"),
     (f"{START}runtime: {{backend: inductor}}\n", 4, "runtime.backend", "use auto or eager"),

@@ -14,8 +14,20 @@ from mmpipe.graphs.check import check, check_stage
 from mmpipe.graphs.cut import cut
 from mmpipe.graphs.fuse import ExitSpec, Probe
 from mmpipe.graphs.order import before
-from mmpipe.graphs.plan import HEAD, PRESENCE, Branch, Buffer, Exit, Plan, PlanError, Segment, Step, Value
-from mmpipe.graphs.plan import from_json, to_json
+from mmpipe.graphs.plan import (
+    HEAD,
+    PRESENCE,
+    Branch,
+    Buffer,
+    Exit,
+    Plan,
+    PlanError,
+    Segment,
+    Step,
+    Value,
+    from_json,
+    to_json,
+)
 from mmpipe.graphs.schedule import LAYOUTS, place
 
 PLANS = 2000
@@ -136,7 +148,9 @@ def test_moving_a_buffer_onto_a_live_one_is_caught():
                     buffers = (*stage_plan.buffers[:number], there, *stage_plan.buffers[number + 1 :])
                     room = stage_plan.scratch_bytes + buffer.bytes
                     with pytest.raises(PlanError, match="share bytes"):
-                        check_stage(replace(stage_plan, buffers=buffers, scratch_bytes=room), written_before(plan, index))
+                        check_stage(
+                            replace(stage_plan, buffers=buffers, scratch_bytes=room), written_before(plan, index)
+                        )
                     moved += 1
     assert moved > 5_000
 
@@ -234,7 +248,7 @@ def test_a_real_cut_is_scheduled(layout, parallel):
     assert "slots/text.mask" in {name for s in plan.stage_plans for step in s.steps for name in step.writes}
 
 
-# --- what check says, by hand ------------------------------------------------------------------------------------------
+# --- what check says, by hand -----------------------------------------------------------------------------------------
 
 
 def a_stage():
@@ -315,4 +329,6 @@ def test_the_run_before_is_covered_too():
     # the same on streams that differ from run to run would not hold: reading first, on a slot of an earlier stage
     early = replace(reads, records=True)
     with pytest.raises(PlanError):
-        check_stage(replace(good, steps=(early, source, replace(writes, waits=("in:b",))), ends=("out:a",)), {"slots/v"})
+        check_stage(
+            replace(good, steps=(early, source, replace(writes, waits=("in:b",))), ends=("out:a",)), {"slots/v"}
+        )

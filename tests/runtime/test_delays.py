@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from runtime.test_executor import DEPTH_EXITS, MODALITY_EXITS, Rows, executor
-from support.parts import LABELS, batch
+from support.parts import LABELS, ORDER, batch
 
 from mmpipe.errors import MmpipeError
 from mmpipe.graphs.fuse import ExitSpec, Probe
@@ -33,7 +33,13 @@ CONFIGS = {
 }
 PLACES = [
     {"layout": layout, "lanes": lanes, "parallel": parallel, "slots": slots}
-    for layout, parallel in [("one", False), ("staged", False), ("branches", False), ("parallel", True), ("branches", True)]
+    for layout, parallel in [
+        ("one", False),
+        ("staged", False),
+        ("branches", False),
+        ("parallel", True),
+        ("branches", True),
+    ]
     for lanes, slots in [(1, 8), (2, 64), (3, 32)]
 ]
 
@@ -73,7 +79,7 @@ def the_same(one, other):
     if one.probabilities_NL is not None:
         assert torch.equal(one.probabilities_NL, other.probabilities_NL)
     for name, table in one.embeddings.items():
-        rows = one.embedded_NM[:, list(one.embeddings).index(name)] & other.embedded_NM[:, list(one.embeddings).index(name)]
+        rows = (one.embedded_NM & other.embedded_NM)[:, ORDER.index(name)]
         assert torch.equal(table[rows], other.embeddings[name][rows])
 
 

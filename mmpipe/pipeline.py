@@ -121,6 +121,11 @@ class Pipeline:
             return self._plan(0)
 
     @property
+    def modules(self) -> Mapping[str, GraphModule]:
+        """Each segment's part of the graph: inputs then reads → tuple of writes."""
+        return self._current_cut().modules
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return self._built.labels
 

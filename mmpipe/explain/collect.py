@@ -1,0 +1,311 @@
+"""A pipeline and a measured run → what `mmpipe explain` tells, as plain data.
+
+What is measured: real runs over real media (or made-up rows where there are none). What is counted: operations, matrix
+products, bytes, from the graph. What is concluded: where the time goes, what bounds it, which fast path was not taken.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mmpipe.fingerprints import versions
+from mmpipe.graphs import cost, draw, memory
+from mmpipe.graphs.cost import Product
+from mmpipe.graphs.plan import HEAD, Plan, StagePlan
+from mmpipe.pipeline import Pipeline
+from mmpipe.placing import shown
+from mmpipe.runtime.ledger import Outcome, Span
+from mmpipe.types import Prediction, Sample
+
+_PRODUCT_SECONDS = 0.25  # spent on timing one shape of matrix product
+_BUSY = 0.75  # from this share of the run on, computing is what bounds it
+
+
+def explain(pipeline: Pipeline, samples: Sequence[Sample], *, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Run `samples` twice, measure the second time, and tell all there is to tell. Changes nothing in the pipeline."""
+    say(f"measuring a run of {len(samples)} samples")
+    pipeline.run(samples[: 4 * pipeline.resolved.batch_size])  # what is slow only once: memory, kernels, caches
+    began = time.perf_counter()
+    predictions, outcome = pipeline.run(samples)
+    wall = time.perf_counter() - began
+    plan = pipeline.plan
+    say("timing the matrix products alone")
+    segments = _segments(pipeline, plan, outcome)
+    seconds = _seconds(outcome, wall)
+    return {
+        "title": pipeline.config.source.name or "mmpipe",
+        "machine": machine(),
+        "verdict": "",
+        "advice": [],
+        "seconds": seconds,
+        "items": len(samples),
+        "items_per_second": len(samples) / wall if wall else 0.0,
+        "answered_by": _answered(pipeline, predictions),
+        "segments": segments,
+        "autos": _autos(pipeline),
+        "not_taken": not_taken(pipeline, outcome, segments),
+        "memory": dict(pipeline.resolved.memory),
+        "passes": dict(pipeline.built.removed),
+        "versions": versions(),
+        "svg": draw.as_svg(plan, seconds={s["name"]: s["seconds"] for s in segments}),
+        "timeline": _timeline(outcome, began),
+        "pool": {"stages": [_pool(stage_plan) for stage_plan in plan.stage_plans]},
+        "fingerprints": dict(pipeline.fingerprints(samples)),
+        "notes": list(pipeline.notes),
+    } | dict(zip(("verdict", "advice"), verdict(segments, seconds, pipeline, outcome), strict=True))
+
+
+def machine() -> str:
+    """This machine in a line: processor, cores, what PyTorch may use of it."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
+
+
+def _answered(pipeline: Pipeline, predictions: Sequence[Prediction]) -> dict[str, int]:
+    names = [exit_.name for exit_ in pipeline.plan.exits] or ["all"]
+    return {name: sum(p.answered_by == name for p in predictions) for name in names}
+
+
+def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str, Any]]:
+    """One line a segment: measured, and counted for a full bucket."""
+    modules = pipeline.modules
+    total = sum(outcome.seconds.get(segment.name, 0.0) for segment in plan.segments) or 1.0
+    timed: dict[Product, float] = {}
+    lines = []
+    for segment in plan.segments:
+        spans = [span for span in outcome.spans if span.step == segment.name]
+        rows = next(s.rows for s in plan.stage_plans if segment.stage in s.stages)
+        full = [span.end - span.start for span in spans if span.rows == rows] or [s.end - s.start for s in spans]
+        bucket = statistics.median(full) if full else 0.0
+        flops = cost.count_flops(plan, segment, modules[segment.name], rows)
+        found = cost.products(plan, segment, modules[segment.name], rows)
+        alone = _products_seconds(found, timed, pipeline.resolved.threads)
+        spent, done = sum(s.end - s.start for s in spans), sum(span.rows for span in spans)
+        lines.append(
+            {
+                "name": segment.name,
+                "stage": segment.stage,
+                "branch": segment.branch,
+                "seconds": spent,
+                "share": spent / total,
+                "runs": len(spans),
+                "rows": done,
+                "ms_per_row": 1e3 * spent / done if done else 0.0,
+                "nodes": segment.nodes,
+                "flops": flops,
+                "gflops_per_second": flops / bucket / 1e9 if bucket else 0.0,
+                "products_seconds": alone,
+                "bucket_seconds": bucket,
+                "products_share": min(1.0, alone / bucket) if bucket else 0.0,
+                "workspace_bytes": cost.workspace_bytes(modules[segment.name], rows),
+                "backend": pipeline.resolved.backend,
+            }
+        )
+    return lines
+
+
+def _products_seconds(products: Iterable[Product], timed: dict[Product, float], threads: int) -> float:
+    """Seconds that these products take with nothing between them, on the segment's number of threads."""
+    total = 0.0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for product in products:
+            if product not in timed:
+                timed[product] = _time_product(product)
+            total += product.count * timed[product]
+    finally:
+        torch.set_num_threads(before)
+    return total
+
+
+def _time_product(product: Product) -> float:
+    with torch.inference_mode():
+        tensors = [torch.randn(shape).to(product.dtype) for shape in product.shapes]
+        if product.target is torch.ops.aten.convolution.default and len(tensors) == 2:
+            arguments: list[Any] = [*tensors, None, *product.rest]
+        else:
+            arguments = [*tensors, *product.rest]
+        product.target(*arguments)
+        seconds: list[float] = []
+        while len(seconds) < 3 or (sum(seconds) < _PRODUCT_SECONDS and len(seconds) < 50):
+            began = time.perf_counter()
+            product.target(*arguments)
+            seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _seconds(outcome: Outcome, wall: float) -> dict[str, float]:
+    """wall = compute (somewhere a segment runs) + waiting (none does, the host waits for media) + other."""
+    compute = covered((span.start, span.end) for span in outcome.spans if ":" not in span.step)
+    waiting = min(outcome.seconds.get("waiting", 0.0), max(0.0, wall - compute))
+    return {
+        "wall": wall,
+        "compute": compute,
+        "waiting": waiting,
+        "decode_core": outcome.seconds.get("decode", 0.0),
+        "other": max(0.0, wall - compute - waiting),
+    }
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _autos(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Every choice: what the configuration leaves open became what, and why."""
+    values = vars(pipeline.resolved)
+    lines = []
+    for key, why in pipeline.resolved.reasons.items():
+        value = shown(values[key]) if key == "memory_limit" else values[key]
+        lines.append({"key": f"runtime.{key}" if key in _CONFIGURED else key, "value": str(value), "why": why})
+    if pipeline.resolved.call_rows != pipeline.resolved.batch_size:
+        why = "a whole bucket for one sample would be felt; measured for cascade or parallel at the first call"
+        lines.append({"key": "rows of a single call", "value": str(pipeline.resolved.call_rows), "why": why})
+    return lines
+
+
+_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache")
+
+
+def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Each fast path that this run did not take, and why."""
+    resolved, plan = pipeline.resolved, pipeline.plan
+    found: list[tuple[str, str]] = []
+    if not torch.cuda.is_available():
+        found.append(("CUDA", "PyTorch sees no CUDA device on this machine"))
+    elif resolved.device == "cpu":
+        found.append(("CUDA", "runtime.device is cpu; cuda uses the GPU that is here"))
+    if resolved.dtype == "float32":
+        found.append(("bfloat16", "float32 is the only type that is implemented"))
+    if resolved.backend == "eager":
+        found.append(("a compiled backend", "eager is the only backend that is implemented"))
+    if resolved.schedule == "cascade" and len(plan.branches) > 1:
+        found.append(("branches side by side", resolved.reasons["schedule"]))
+    if resolved.lanes == 1:
+        found.append(("a second lane", resolved.reasons["lanes"]))
+    if len(plan.exits) == 1:
+        found.append(("exits", "fusion.exits is empty: every sample goes through every encoder that it has a medium for"))
+    if resolved.cache == "off":
+        found.append(("embedding cache", resolved.reasons["cache"]))
+    for segment in segments:
+        rows = next(s.rows for s in plan.stage_plans if segment["stage"] in s.stages)
+        room = segment["runs"] * rows
+        if segment["runs"] > 1 and segment["rows"] < 0.9 * room:
+            why = f"{segment['rows']} rows in {segment['runs']} buckets of {rows}: {1 - segment['rows'] / room:.0%} were padding"
+            found.append((f"full buckets in {segment['name']}", why))
+    passes = {"fold_normalisation": "folding normalisation into a convolution", "share_weights": "storing weights once"}
+    why_not = {
+        "fold_normalisation": "no unpadded convolution follows a normalisation by constants (padding would make it inexact)",
+        "share_weights": "no two weights are equal",
+    }
+    for name, text in passes.items():
+        if not pipeline.built.removed.get(name):
+            found.append((text, why_not[name]))
+    return [{"what": what, "why": why} for what, why in found]
+
+
+def verdict(
+    segments: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], pipeline: Pipeline, outcome: Outcome
+) -> tuple[str, list[str]]:
+    """What bounds this run, in a sentence, and what to do about it."""
+    wall = seconds["wall"] or 1.0
+    advice: list[str] = []
+    if not segments or not any(segment["runs"] for segment in segments):
+        return "Nothing was computed: no sample had a medium that could be read.", advice
+    slowest = max(segments, key=lambda segment: segment["seconds"])
+    branches: dict[str, float] = {}
+    for decoding in outcome.decodings:
+        branches[decoding.branch] = branches.get(decoding.branch, 0.0) + decoding.end - decoding.start
+    if seconds["compute"] >= _BUSY * wall:
+        text = (
+            f"Bound by computing: {slowest['name']} takes {slowest['share']:.0%} of it, "
+            f"{slowest['ms_per_row']:.2f} ms a row."
+        )
+        if slowest["branch"] != HEAD and slowest["products_share"] >= 0.6:
+            advice.append(
+                f"{slowest['name']} spends {slowest['products_share']:.0%} of its time in matrix products: only fewer "
+                "rows (exits before it) or a smaller model make it much faster."
+            )
+        elif slowest["branch"] != HEAD:
+            advice.append(
+                f"Of {slowest['name']}'s time, matrix products alone would take {slowest['products_share']:.0%}: the "
+                "rest is what lies between them."
+            )
+        if len(pipeline.plan.exits) == 1 and len(pipeline.plan.branches) > 1:
+            advice.append("An exit (fusion.exits) would spare the samples that an earlier modality has settled.")
+    elif seconds["waiting"] > seconds["other"]:
+        worst = max(branches, key=lambda name: branches[name], default="media")
+        cores = pipeline.resolved.decode_workers
+        text = (
+            f"Bound by decoding: {worst} media take {branches.get(worst, 0.0):.2f} of {seconds['decode_core']:.2f} "
+            f"core-seconds on {cores} workers; the model waits {seconds['waiting'] / wall:.0%} of the time."
+        )
+        advice.append(f"Smaller {worst} files, more cores, or an exit before {worst} would help; a faster model would not.")
+    else:
+        text = (
+            f"Bound by neither computing ({seconds['compute'] / wall:.0%}) nor decoding ({seconds['waiting'] / wall:.0%}): "
+            "the run is so short that starting and gating it is what remains."
+        )
+        advice.append("More samples in one run, or a larger runtime.batch_size, make this share smaller.")
+    return text, advice
+
+
+def _timeline(outcome: Outcome, began: float) -> dict[str, Any]:
+    def relative(value: float) -> float:
+        return round(value - began, 6)
+
+    return {
+        "spans": [span_of(span, relative) for span in sorted(outcome.spans, key=lambda span: span.start)],
+        "decoding": [
+            {"branch": d.branch, "worker": d.worker, "start": relative(d.start), "end": relative(d.end)}
+            for d in sorted(outcome.decodings, key=lambda d: d.start)
+        ],
+    }
+
+
+def span_of(span: Span, relative: Callable[[float], float]) -> dict[str, Any]:
+    return {**vars(span), "start": relative(span.start), "end": relative(span.end)}
+
+
+def _pool(stage_plan: StagePlan) -> dict[str, Any]:
+    """Scratch of one stage plan: each buffer from its first to its last step, and the least that it could take."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, step in enumerate(stage_plan.steps):
+        for name in (*step.reads, *step.writes):
+            first.setdefault(name, index)
+            last[name] = index
+    scratch = [b for b in stage_plan.buffers if b.home == "scratch"]
+    return {
+        "name": stage_plan.name,
+        "scratch_bytes": stage_plan.scratch_bytes,
+        "lower_bound": memory.lower_bound(stage_plan.steps, stage_plan.buffers),
+        "unshared": sum(memory.aligned(b.bytes) for b in scratch),
+        "steps": [step.name for step in stage_plan.steps],
+        "buffers": [
+            {"name": b.name, "bytes": b.bytes, "offset": b.offset, "first": first[b.name], "last": last[b.name]}
+            for b in scratch
+            if b.name in first
+        ],
+    }
+
+

@@ -75,7 +75,9 @@ def timeline(view: Window, kind: Kind) -> str:
         cell = _span(view, one, kind(one["branch"]), words)
         workers.setdefault((str(one["branch"]), str(one["worker"])), []).append(cell)
     rows = [_row(name, cells, "") for name, cells in streams.items()]
-    decoding = [_row(f"decode {branch} {worker}", cells, " decoding") for (branch, worker), cells in sorted(workers.items())]
+    decoding = [
+        _row(f"decode {branch} {worker}", cells, " decoding") for (branch, worker), cells in sorted(workers.items())
+    ]
     if not rows and not decoding:
         return ""
     whole = view.end - view.start

@@ -39,7 +39,9 @@ def find(graph: FusedGraph, made: Cut, where: str) -> list[Place]:
     else:
         segments = ", ".join(segment.name for segment in plan.segments)
         branches = ", ".join(b.name for b in plan.branches)
-        raise GraphError(f"{where!r}: nothing is called so; segments: {segments}; embeddings: {branches}; BRANCH.layerN")
+        raise GraphError(
+            f"{where!r}: nothing is called so; segments: {segments}; embeddings: {branches}; BRANCH.layerN"
+        )
     for segment in plan.segments:
         if node in segment.writes:
             return [Place(segment.name, node, True)]

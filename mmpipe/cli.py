@@ -242,6 +242,40 @@ def pull(config: ConfigArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
+def explain(
+    config: ConfigArgument,
+    input: InputOption = None,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
+    limit: Annotated[int, typer.Option(min=1, help="How many samples to measure with.")] = 128,
+    json_: Annotated[bool, typer.Option("--json", help="Print what the page is made of; write no page.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write the run as a trace for Perfetto too.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Why is it as fast as it is: measure a run, and write one page that shows where the time goes.
+
+    Where the configuration has no input, and none is given, the run is measured with made-up media.
+    """
+    with _reporting(as_json=json_):
+        loaded = _load(config, set_)
+        given = input is not None or loaded.input.folder is not None or loaded.input.manifest is not None
+        listing = _samples(loaded, input) if given else None
+        from mmpipe import Pipeline
+        from mmpipe.explain import collect, writing
+
+        with Pipeline(loaded, say=_say) as pipeline:
+            samples = listing.samples[:limit] if listing else collect.made_up(pipeline, limit)
+            explained = collect.explain(pipeline, samples, say=_say)
+        if trace is not None:
+            writing.write_trace(trace, explained)
+        if json_:
+            _print(json.dumps(explained, ensure_ascii=False))
+            return
+        writing.write_page(output, explained)
+        _print(writing.summary(explained))
+        _print(f"\npage   {output}" + (f"\ntrace  {trace}: open it at https://ui.perfetto.dev" if trace else ""))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
     with _reporting():

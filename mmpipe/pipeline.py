@@ -42,10 +42,11 @@ from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.placing import Resolved, decoding_bytes, placed, resolve
 from mmpipe.runtime.executor import Executor
-from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.lanes import Watch
+from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
 from mmpipe.types import MODALITIES, Prediction, Sample
+
 
 @dataclass(frozen=True)
 class Observation:

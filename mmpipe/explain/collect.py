@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmpipe.fingerprints import versions
-from mmpipe.graphs import cost, draw, memory
+from mmpipe.graphs import cost, memory
 from mmpipe.graphs.cost import Product
+from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.pipeline import Pipeline
 from mmpipe.placing import shown
@@ -25,10 +27,13 @@ from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample
 
 _PRODUCT_SECONDS = 0.25  # spent on timing one shape of matrix product
-_BUSY = 0.75  # from this share of the run on, computing is what bounds it
+_RATE_HZ = 44_100  # of made-up sound
+_PRODUCTS = 0.6  # from this share of its time on, a segment is its matrix products
 
 
-def explain(pipeline: Pipeline, samples: Sequence[Sample], *, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def explain(
+    pipeline: Pipeline, samples: Sequence[Sample], *, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Run `samples` twice, measure the second time, and tell all there is to tell. Changes nothing in the pipeline."""
     say(f"measuring a run of {len(samples)} samples")
     pipeline.run(samples[: 4 * pipeline.resolved.batch_size])  # what is slow only once: memory, kernels, caches
@@ -54,12 +59,26 @@ def explain(pipeline: Pipeline, samples: Sequence[Sample], *, say: Callable[[str
         "memory": dict(pipeline.resolved.memory),
         "passes": dict(pipeline.built.removed),
         "versions": versions(),
-        "svg": draw.as_svg(plan, seconds={s["name"]: s["seconds"] for s in segments}),
+        "svg": as_svg(plan, seconds={s["name"]: s["seconds"] for s in segments}),
         "timeline": _timeline(outcome, began),
         "pool": {"stages": [_pool(stage_plan) for stage_plan in plan.stage_plans]},
         "fingerprints": dict(pipeline.fingerprints(samples)),
         "notes": list(pipeline.notes),
     } | dict(zip(("verdict", "advice"), verdict(segments, seconds, pipeline, outcome), strict=True))
+
+
+def made_up(pipeline: Pipeline, count: int) -> list[Sample]:
+    """Samples that need no files: noise of common sizes, a few words, every modality that the pipeline has."""
+    make = np.random.default_rng(0)
+    noise = make.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    sound = make.standard_normal(10 * _RATE_HZ).astype(np.float32) / 10
+    words = ("red jacket with two pockets, hardly worn, " * 4).split()
+    media: dict[str, Callable[[int], Any]] = {
+        "image": lambda number: np.roll(noise, number, axis=0),
+        "text": lambda number: " ".join(words[: 4 + number % (len(words) - 4)]),
+        "audio": lambda number: (np.roll(sound, number), _RATE_HZ),
+    }
+    return [Sample(str(n), {name: media[name](n) for name in pipeline.config.modalities}) for n in range(count)]
 
 
 def machine() -> str:
@@ -203,18 +222,19 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
     if resolved.lanes == 1:
         found.append(("a second lane", resolved.reasons["lanes"]))
     if len(plan.exits) == 1:
-        found.append(("exits", "fusion.exits is empty: every sample goes through every encoder that it has a medium for"))
+        found.append(("exits", "fusion.exits is empty: every sample goes through every encoder it has a medium for"))
     if resolved.cache == "off":
         found.append(("embedding cache", resolved.reasons["cache"]))
     for segment in segments:
         rows = next(s.rows for s in plan.stage_plans if segment["stage"] in s.stages)
         room = segment["runs"] * rows
         if segment["runs"] > 1 and segment["rows"] < 0.9 * room:
-            why = f"{segment['rows']} rows in {segment['runs']} buckets of {rows}: {1 - segment['rows'] / room:.0%} were padding"
+            padding = 1 - segment["rows"] / room
+            why = f"{segment['rows']} rows in {segment['runs']} buckets of {rows}: {padding:.0%} padding"
             found.append((f"full buckets in {segment['name']}", why))
     passes = {"fold_normalisation": "folding normalisation into a convolution", "share_weights": "storing weights once"}
     why_not = {
-        "fold_normalisation": "no unpadded convolution follows a normalisation by constants (padding would make it inexact)",
+        "fold_normalisation": "no unpadded convolution follows one (padding would make it inexact)",
         "share_weights": "no two weights are equal",
     }
     for name, text in passes.items():
@@ -226,58 +246,61 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
 def verdict(
     segments: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], pipeline: Pipeline, outcome: Outcome
 ) -> tuple[str, list[str]]:
-    """What bounds this run, in a sentence, and what to do about it."""
-    wall = seconds["wall"] or 1.0
-    advice: list[str] = []
-    if not segments or not any(segment["runs"] for segment in segments):
-        return "Nothing was computed: no sample had a medium that could be read.", advice
-    slowest = max(segments, key=lambda segment: segment["seconds"])
-    branches: dict[str, float] = {}
-    for decoding in outcome.decodings:
-        branches[decoding.branch] = branches.get(decoding.branch, 0.0) + decoding.end - decoding.start
-    if seconds["compute"] >= _BUSY * wall:
+    """What bounds this run, in a sentence, and what to do about it: the largest of computing, waiting and the rest."""
+    if not any(segment["runs"] for segment in segments):
+        return "Nothing was computed: no sample had a medium that could be read.", []
+    share = {name: seconds[name] / (seconds["wall"] or 1.0) for name in ("compute", "waiting", "other")}
+    largest = max(share, key=lambda name: share[name])
+    if largest == "compute":
+        slowest = max(segments, key=lambda segment: segment["seconds"])
         text = (
-            f"Bound by computing: {slowest['name']} takes {slowest['share']:.0%} of it, "
-            f"{slowest['ms_per_row']:.2f} ms a row."
+            f"Bound by computing ({share['compute']:.0%} of the time): {slowest['name']} takes {slowest['share']:.0%} "
+            f"of it, {slowest['ms_per_row']:.2g} ms a row."
         )
-        if slowest["branch"] != HEAD and slowest["products_share"] >= 0.6:
-            advice.append(
-                f"{slowest['name']} spends {slowest['products_share']:.0%} of its time in matrix products: only fewer "
-                "rows (exits before it) or a smaller model make it much faster."
-            )
-        elif slowest["branch"] != HEAD:
-            advice.append(
-                f"Of {slowest['name']}'s time, matrix products alone would take {slowest['products_share']:.0%}: the "
-                "rest is what lies between them."
-            )
-        if len(pipeline.plan.exits) == 1 and len(pipeline.plan.branches) > 1:
-            advice.append("An exit (fusion.exits) would spare the samples that an earlier modality has settled.")
-    elif seconds["waiting"] > seconds["other"]:
-        worst = max(branches, key=lambda name: branches[name], default="media")
-        cores = pipeline.resolved.decode_workers
+        return text, _faster(slowest, pipeline.plan)
+    if largest == "waiting":
+        spent: dict[str, float] = {}
+        for one in outcome.decodings:
+            spent[one.branch] = spent.get(one.branch, 0.0) + one.end - one.start
+        worst = max(spent, key=lambda name: spent[name])
+        part, workers = spent[worst] / (sum(spent.values()) or 1.0), pipeline.resolved.decode_workers
         text = (
-            f"Bound by decoding: {worst} media take {branches.get(worst, 0.0):.2f} of {seconds['decode_core']:.2f} "
-            f"core-seconds on {cores} workers; the model waits {seconds['waiting'] / wall:.0%} of the time."
+            f"Bound by decoding: the model waits {share['waiting']:.0%} of the time; {worst} takes {part:.0%} of the "
+            f"decoding, on {workers} workers."
         )
-        advice.append(f"Smaller {worst} files, more cores, or an exit before {worst} would help; a faster model would not.")
-    else:
-        text = (
-            f"Bound by neither computing ({seconds['compute'] / wall:.0%}) nor decoding ({seconds['waiting'] / wall:.0%}): "
-            "the run is so short that starting and gating it is what remains."
-        )
-        advice.append("More samples in one run, or a larger runtime.batch_size, make this share smaller.")
-    return text, advice
+        return text, [f"Smaller {worst} files, more cores, or an exit before {worst} help; a faster model would not."]
+    text = (
+        f"Bound by neither computing ({share['compute']:.0%} of the time) nor decoding ({share['waiting']:.0%}): "
+        "the run is so short that beginning and gating it is what remains."
+    )
+    return text, ["More samples in one run, or a larger runtime.batch_size, make this share smaller."]
+
+
+def _faster(slowest: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What would make the slowest segment faster."""
+    name, share = slowest["name"], slowest["products_share"]
+    advice = []
+    if slowest["branch"] != HEAD and share >= _PRODUCTS:
+        text = f"{share:.0%} of {name} is matrix products: fewer rows (an exit before it) or a smaller model help."
+        advice.append(text)
+    elif slowest["branch"] != HEAD:
+        advice.append(f"{name}'s matrix products alone would take {share:.0%} of its time: the rest lies between them.")
+    if len(plan.exits) == 1 and len(plan.branches) > 1:
+        advice.append("An exit (fusion.exits) would spare the samples that an earlier modality has settled.")
+    return advice
 
 
 def _timeline(outcome: Outcome, began: float) -> dict[str, Any]:
     def relative(value: float) -> float:
         return round(value - began, 6)
 
+    decodings = sorted(outcome.decodings, key=lambda d: d.start)
+    worker = {name: str(number) for number, name in enumerate(dict.fromkeys(d.worker for d in decodings), 1)}
     return {
         "spans": [span_of(span, relative) for span in sorted(outcome.spans, key=lambda span: span.start)],
         "decoding": [
-            {"branch": d.branch, "worker": d.worker, "start": relative(d.start), "end": relative(d.end)}
-            for d in sorted(outcome.decodings, key=lambda d: d.start)
+            {"branch": d.branch, "worker": worker[d.worker], "start": relative(d.start), "end": relative(d.end)}
+            for d in decodings
         ],
     }
 
@@ -307,5 +330,3 @@ def _pool(stage_plan: StagePlan) -> dict[str, Any]:
             if b.name in first
         ],
     }
-
-

@@ -75,16 +75,13 @@ def timeline(view: Window, kind: Kind) -> str:
         cell = _span(view, one, kind(one["branch"]), words)
         workers.setdefault((str(one["branch"]), str(one["worker"])), []).append(cell)
     rows = [_row(name, cells, "") for name, cells in streams.items()]
-    decoding = [
-        _row(f"decode {branch} {worker}", cells, " decoding") for (branch, worker), cells in sorted(workers.items())
-    ]
-    if not rows and not decoding:
+    in_order = sorted(workers, key=lambda who: (who[0], len(who[1]), who[1]))  # worker 2 before worker 10
+    rows += [_row(f"decode {branch} {worker}", workers[branch, worker], " decoding") for branch, worker in in_order]
+    if not rows:
         return ""
     whole = view.end - view.start
-    ticks = tag(
-        "div", tag("span", "0") + "".join(tag("span", duration(whole * part)) for part in (0.5, 1.0)), cls="axis"
-    )
-    return tag("div", "".join([*rows, *decoding]) + ticks, cls="timeline")
+    ticks = "".join(tag("span", duration(whole * part)) for part in (0.0, 0.5, 1.0))
+    return tag("div", "".join(rows) + tag("div", ticks, cls="axis"), cls="timeline")
 
 
 def _row(name: str, cells: Sequence[str], kind: str) -> str:

@@ -69,9 +69,11 @@ def test_drawings_have_their_size(page: Page, path: Path) -> None:
     boxes = page.value("[...document.querySelectorAll('.mmplan .box')].map(e => e.getBoundingClientRect().width)")
     assert len(boxes) == 6
     assert min(boxes) > 70
-    ends = "const m = document.querySelector('.map').getBoundingClientRect(), r = [...document.querySelectorAll("
-    ends += "'.map')][0].querySelectorAll('.buffer')[0].getBoundingClientRect(); [r.left - m.left, r.width / m.width]"
-    assert page.value(f"(() => {{ {ends.replace('; [', '; return [')} }})()") == pytest.approx([0, 2 / 6], abs=0.01)
+    left, width, whole = page.value(
+        "(([map, first]) => [first.left - map.left, first.width, map.width])"
+        "(['.map', '.map .buffer'].map(e => document.querySelector(e).getBoundingClientRect()))"
+    )
+    assert (left, width / whole) == pytest.approx((0, 2 / 6), abs=0.01)  # written by step 0 of 6, read by step 1
 
 
 def test_hostile_words_stay_words(page: Page, tmp_path: Path) -> None:

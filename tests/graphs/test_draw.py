@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,13 +13,26 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from support.explained import plan
+from support.parts import PARTS, fused
 
+from mmpipe.graphs.cut import cut
 from mmpipe.graphs.draw import as_svg, as_text, as_trace, size
 from mmpipe.graphs.draw_svg import edges_of
+from mmpipe.graphs.fuse import ExitSpec, Probe
 from mmpipe.graphs.plan import Plan
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def deep() -> Plan:
+    """A plan with exits inside the image's encoder: segments of one row, of which each carries something on."""
+    probes = [
+        ExitSpec(f"image.layer{layer}", ("image",), probe=Probe("image", layer, torch.ones(5, 16), torch.zeros(5)))
+        for layer in (1, 2)
+    ]
+    return cut(fused(PARTS, [*probes, ExitSpec("image+text", ("image", "text"))])).plan
 
 
 def drawn(made: Plan, **seconds: float) -> ElementTree.Element:
@@ -87,13 +101,16 @@ def test_svg_has_a_box_for_each_segment_and_none_overlap() -> None:
             assert (segment.branch == other.branch) == (by_name[segment.name][1] == by_name[other.name][1])
 
 
-def test_svg_draws_what_is_read_and_lines_cross_no_box() -> None:
-    made = plan()
+@pytest.mark.parametrize("build", [plan, deep])
+def test_svg_draws_what_is_read_and_lines_cross_no_box(build: Callable[[], Plan]) -> None:
+    made = build()
     root = drawn(made)
     lines = [group for group in root.iter(f"{SVG}g") if group.get("class") == "edge"]
     told = Counter(line.findtext(f"{SVG}title") for line in lines)
     assert told == Counter(f"{', '.join(edge.values)} → {edge.target}" for edge in edges_of(made))
-    assert told["presence → head@1"] == told["mean → head@2"] == told["text.ids, text.mask → text@1"] == 1
+    text = next(segment.name for segment in made.segments if segment.branch == "text")
+    assert told[f"text.ids, text.mask → {text}"] == 1
+    assert told[f"presence → {made.segments[-1].name}"] == 1
     boxes = [
         tuple(float(box.get(key, "")) for key in ("x", "y", "width", "height")) for box in groups(root, "box").values()
     ]
@@ -104,6 +121,12 @@ def test_svg_draws_what_is_read_and_lines_cross_no_box() -> None:
                 aside = max(ax, bx) <= x or min(ax, bx) >= x + width
                 above = max(ay, by) <= y or min(ay, by) >= y + height
                 assert aside or above, (line.findtext(f"{SVG}title"), (ax, ay), (bx, by))
+
+
+def test_svg_has_room_under_a_row_for_its_tracks() -> None:
+    tops = sorted({float(box.get("y", "")) for box in groups(drawn(deep()), "box").values()})
+    image, text, audio, _ = tops
+    assert text - image > audio - text  # three segments of the image's row carry something down, one of the text's
 
 
 def test_svg_marks_exits_at_the_box_that_answers() -> None:

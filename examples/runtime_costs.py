@@ -150,11 +150,10 @@ def orchestration(pipeline: Pipeline, plan: Plan, threads: int, buckets: int, co
     segments = buckets * len(plan.segments)
     extra = [a / b - 1 for a, b in found]
     each = [1e3 * (a - b) / segments for a, b in found]
-    print(
-        f"  orchestration: {statistics.median(extra):+.1%} over the bare segments (95% upper bound of the mean "
-        f"{upper_bound(extra):+.1%}), {statistics.median(each):.3f} ms a segment (upper bound {upper_bound(each):.3f}); "
-        f"{count} pairs of {buckets} buckets"
-    )
+    bound = f"95% upper bound of the mean {upper_bound(extra):+.1%}"
+    over = f"{statistics.median(extra):+.1%} over the bare segments ({bound})"
+    a_segment = f"{statistics.median(each):.3f} ms a segment (upper bound {upper_bound(each):.3f})"
+    print(f"  orchestration: {over}, {a_segment}; {count} pairs of {buckets} buckets")
 
 
 def schedules(pipeline: Pipeline, rows: int, count: int) -> None:

@@ -1,0 +1,118 @@
+"""What `auto` becomes, why, and what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+from support import shop
+
+from mmpipe import ConfigError, Pipeline
+from mmpipe.config import load
+from mmpipe.graphs.plan import from_json, to_json
+from mmpipe.placing import placed, resolve
+
+EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return shop.weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(weights):
+    with Pipeline.load(shop.config(weights, EXITS)) as made:
+        yield made
+
+
+def configured(weights, **runtime):
+    return load({**shop.config(weights, EXITS), "runtime": runtime})
+
+
+def cut_of(pipeline):
+    return pipeline._current_cut()
+
+
+def test_every_choice_has_a_reason(pipeline):
+    resolved = pipeline.resolved
+    assert set(resolved.reasons) >= {"device", "dtype", "backend", "schedule", "batch_size", "lanes", "threads"}
+    assert all(resolved.reasons.values())
+    assert sum(resolved.memory.values()) <= resolved.memory_limit
+
+
+def test_the_plan_that_users_see_is_scheduled_and_can_be_written_down(pipeline):
+    plan = pipeline.plan
+    assert [s.stages for s in plan.stage_plans] == [(0,), (1,), (2,)]
+    assert from_json(to_json(plan)) == plan
+
+
+def test_too_little_memory_is_refused_with_figures(weights):
+    with pytest.raises(ConfigError, match=r"runtime\.memory_limit") as caught:
+        Pipeline.load({**shop.config(weights, EXITS), "runtime": {"memory_limit": "1MB"}})
+    text = str(caught.value)
+    for part in ("1.0 MB are not enough", "1 row a bucket need", "weights", "workspaces", "media"):
+        assert part in text
+    with pytest.raises(ConfigError, match="512 rows a bucket need"):
+        Pipeline.load({**shop.config(weights, EXITS), "runtime": {"memory_limit": "50MB", "batch_size": 512}})
+
+
+def test_less_memory_makes_smaller_buckets_and_the_same_answers(weights, tmp_path):
+    media = shop.media(tmp_path, 24)
+    plain = {**shop.config(weights, EXITS)}
+    with Pipeline.load(plain) as large:
+        samples = list(large.find(media).samples)
+        want = [(p.label, p.answered_by) for p in large.predict(samples)]
+        needed = sum(large.resolved.memory.values()) - large.resolved.memory["decoding"]
+    sizes = set()
+    for share in (1.2, 0.7, 0.45):
+        limit = int(needed * share * 4 / 3)  # a quarter is kept for decoding
+        with Pipeline.load({**plain, "runtime": {"memory_limit": f"{limit}B"}}) as small:
+            assert [(p.label, p.answered_by) for p in small.predict(samples)] == want
+            assert sum(small.resolved.memory.values()) <= limit
+            sizes.add((small.resolved.batch_size, small.resolved.lanes, small.resolved.slots))
+    assert len(sizes) > 1
+
+
+def test_auto_takes_what_was_measured_to_be_faster(pipeline, weights, monkeypatch):
+    """Only where a measurement can tell: a large graph, few rows, more than one encoder."""
+    monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)
+    asked = []
+
+    def measure(parallel, cascade):
+        def seconds(plan, threads):
+            asked.append((plan.stage_plans[0].stages, threads))
+            return parallel if len(plan.stage_plans) == 1 else cascade
+
+        return seconds
+
+    config = configured(weights)
+    fast = resolve(config, cut_of(pipeline), rows=1, measure=measure(parallel=0.010, cascade=0.020))
+    assert (fast.schedule, fast.streams) == ("parallel", "parallel")
+    assert "parallel 10.0 ms" in fast.reasons["schedule"]
+    assert "cascade 20.0 ms" in fast.reasons["schedule"]
+    slow = resolve(config, cut_of(pipeline), rows=1, measure=measure(parallel=0.021, cascade=0.020))
+    assert (slow.schedule, slow.streams) == ("cascade", "one")
+    assert {stages for stages, _ in asked} == {(0, 1, 2), (0,)}
+    asked.clear()
+    batch = resolve(config, cut_of(pipeline), measure=measure(0.010, 0.020))
+    assert batch.schedule == "cascade"
+    assert not asked
+    assert placed(cut_of(pipeline).plan, fast).stage_plans[0].rows == 1
+
+
+@pytest.mark.parametrize("schedule", ["cascade", "parallel"])
+def test_what_is_configured_is_taken(weights, pipeline, schedule):
+    resolved = resolve(configured(weights, schedule=schedule, batch_size=8), cut_of(pipeline))
+    assert (resolved.schedule, resolved.batch_size) == (schedule, 8)
+    assert resolved.reasons["schedule"] == resolved.reasons["batch_size"] == "configured"
+
+
+def test_the_schedule_changes_no_row(weights, tmp_path):
+    """parallel speculates; which rows it computed in vain depends on the clock, and no answer does."""
+    media = shop.media(tmp_path, 30)
+    found = []
+    for schedule in ("cascade", "parallel"):
+        config = {**shop.config(weights, EXITS), "runtime": {"schedule": schedule, "batch_size": 8}}
+        with Pipeline.load(config) as made:
+            samples = list(made.find(media).samples)
+            found += [made.predict(samples), made.predict(samples)]
+    assert found[0] == found[1] == found[2] == found[3]

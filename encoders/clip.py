@@ -175,7 +175,8 @@ def _find(name: str, weights: Path | None) -> _Found:
         lines = str(error).splitlines() or [type(error).__name__]
         raise EncoderError(
             f"{model}: the weights '{tag}' are not in the local cache and can't be downloaded. "
-            "Fetch them where there is a network, or set weights to a local file. The download said: "
+            "Fetch them once with network (mmpipe pull CONFIG), copy the cache (HF_HOME), or set weights to a local "
+            "file. The download said: "
             f"{lines[0]}"
         ) from error
     return _Found(model, architecture, path, arguments, tuple(notes))

@@ -168,7 +168,8 @@ def fetch(model: str, repository: str, revision: str | None = None) -> Path:
     except LocalEntryNotFoundError as error:
         raise EncoderError(
             f"{model}: '{repository}' is not in the local cache and can't be downloaded (offline, or no such "
-            "repository). Fetch it once with network, copy the cache (HF_HOME), or set weights to a local folder"
+            "repository). Fetch it once with network (mmpipe pull CONFIG), copy the cache (HF_HOME), or set weights to "
+            "a local folder"
         ) from error
     except HFValidationError as error:
         raise EncoderError(f"{model}: '{repository}' is no hub id, and no folder of that name exists") from error

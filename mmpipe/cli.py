@@ -194,9 +194,12 @@ def check(
     with _reporting():
         from mmpipe.jobs.progress import visible
         from mmpipe.jobs.terminal import show_listing
+        from mmpipe.starter import BLANK_LABELS
 
         loaded = _load(config, set_)
         _print(f"{visible(str(loaded.source.file or config))}: the configuration is valid")
+        if loaded.all_labels == BLANK_LABELS:
+            _print(f"note: the labels are still those that init wrote ({', '.join(BLANK_LABELS)}): put in your own")
         if input is None and loaded.input.folder is None and loaded.input.manifest is None:
             _print("no input is configured: give --input PATH to see what it holds")
             return

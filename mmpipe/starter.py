@@ -14,6 +14,7 @@ from mmpipe.media.manifest import MANIFEST_SUFFIXES
 from mmpipe.types import MODALITIES
 
 NAME = "mmpipe.yaml"
+BLANK_LABELS = ("first label", "second label")  # what a user has to replace
 _LABELS = range(2, 51)  # folders that are taken for classes
 _READMES = ("readme", "license", "licence", "changelog", "copying")
 
@@ -178,7 +179,7 @@ def _yaml(folder: Path, path: Path, pairing: Pairing, labels: Sequence[str]) -> 
         else ""
     )
     given = f"labels: [{', '.join(map(_quoted, labels))}]   # the names of the folders"
-    blank = "labels: [first label, second label]   # yours: a word or two each, as one would say them"
+    blank = f"labels: [{', '.join(BLANK_LABELS)}]   # yours: a word or two each, as one would say them"
     return f"""\
 # {len(pairing.listing.samples):,} items: {has}.
 # `mmpipe check` with this file shows how the folder's files pair up; every key is in docs/configuration.md.

@@ -233,7 +233,11 @@ def test_init_then_check(tmp_path):
     assert begun.returncode == 0, begun.stderr
     assert "3 items: 3 with text" in begun.stdout
     assert "mmpipe run '" in begun.stdout  # a path with a space, ready to be pasted
-    assert mmpipe("check", folder / "mmpipe.yaml", cwd=tmp_path).returncode == 0
+    checked = mmpipe("check", folder / "mmpipe.yaml", cwd=tmp_path)
+    assert checked.returncode == 0
+    assert "note: the labels are still those that init wrote" in checked.stdout
+    named = mmpipe("check", folder / "mmpipe.yaml", "--set", "labels=[first label, mine]", cwd=tmp_path)
+    assert "note:" not in named.stdout
     again = mmpipe("init", folder, cwd=tmp_path)
     assert again.returncode == 4
     assert "exists" in again.stderr

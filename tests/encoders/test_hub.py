@@ -84,6 +84,7 @@ def test_offline_and_not_cached(model, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EncoderError, match="is not in the local cache and can't be downloaded") as caught:
         load(model, "image" if "hub" in model else "text")
+    assert "mmpipe pull" in str(caught.value)
     assert caught.value.__cause__ is not None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmpipe.explain.words import duration
 from mmpipe.fingerprints import versions
 from mmpipe.graphs import cost, memory
 from mmpipe.graphs.cost import Product
@@ -255,7 +256,7 @@ def verdict(
         slowest = max(segments, key=lambda segment: segment["seconds"])
         text = (
             f"Bound by computing ({share['compute']:.0%} of the time): {slowest['name']} takes {slowest['share']:.0%} "
-            f"of it, {slowest['ms_per_row']:.2g} ms a row."
+            f"of it, {duration(slowest['ms_per_row'] / 1e3)} a row."
         )
         return text, _faster(slowest, pipeline.plan)
     if largest == "waiting":

@@ -157,7 +157,7 @@ def orchestration(pipeline: Pipeline, plan: Plan, threads: int, buckets: int, co
 
 
 def schedules(pipeline: Pipeline, rows: int, count: int) -> None:
-    made = pipeline._current_cut()
+    made = pipeline.runners.cut
     cores = torch.get_num_threads()
     runs: dict[str, Callable[[], None]] = {"encoders one by one": encoders(pipeline, rows, cores)}
     with contextlib.ExitStack() as stack:
@@ -165,7 +165,7 @@ def schedules(pipeline: Pipeline, rows: int, count: int) -> None:
             config = pipeline.config.model_copy(
                 update={"runtime": pipeline.config.runtime.model_copy(update={"schedule": name, "batch_size": "auto"})}
             )
-            chosen = resolve(config, made, rows=rows, measure=pipeline._measured)
+            chosen = resolve(config, made, rows=rows, measure=pipeline.runners._measured)
             runner = stack.enter_context(
                 contextlib.closing(executor(pipeline, placed(made.plan, chosen), chosen.threads))
             )
@@ -223,8 +223,8 @@ def main() -> None:
     with Pipeline.load(options.config, say=print) as pipeline:
         for rows in options.rows:
             print(f"{options.config}, {rows} rows a bucket, {torch.get_num_threads()} threads")
-            chosen = resolve(pipeline.config, pipeline._current_cut(), rows=rows)
-            plan = placed(pipeline._current_cut().plan, chosen)
+            chosen = resolve(pipeline.config, pipeline.runners.cut, rows=rows)
+            plan = placed(pipeline.runners.cut.plan, chosen)
             proofs(pipeline, plan)
             orchestration(pipeline, plan, chosen.threads, options.buckets, options.pairs)
             schedules(pipeline, rows, options.pairs)

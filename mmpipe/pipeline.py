@@ -11,15 +11,13 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from mmpipe import media
@@ -29,41 +27,18 @@ from mmpipe.config import Config, load
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
-from mmpipe.fusion import gate
-from mmpipe.graphs.backends import lower
-from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
-from mmpipe.graphs.plan import GraphError, Plan
-from mmpipe.graphs.watch import find, with_outputs
+from mmpipe.graphs.plan import Plan
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
-from mmpipe.placing import Resolved, decoding_bytes, placed, resolve
-from mmpipe.runtime.executor import Executor
-from mmpipe.runtime.lanes import Watch
-from mmpipe.runtime.ledger import Gate, Outcome
-from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
+from mmpipe.observing import Observer
+from mmpipe.placing import Resolved, decoding_bytes
+from mmpipe.runners import Kind, Runners
+from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What passed a place of the graph: `values[name]` [rows, …] belong to the samples `ids`, in this order."""
-
-    where: str
-    ids: Sequence[str]
-    values: Mapping[str, Tensor]
-
-    @property
-    def tensor(self) -> Tensor:
-        """The value of a place that has one: a layer, an embedding."""
-        (only,) = self.values.values()
-        return only
-
-
-Observer = Callable[[Observation], None]
 
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
 
@@ -82,17 +57,8 @@ class Pipeline:
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
-        self._numbers = itertools.count()
-        self._cut: Cut | None = None
-        self._cut_version = -1
-        self._resolved: dict[int, Resolved] = {}  # rows → how a plan of that bucket runs; 0: the configuration's
-        self._plans: dict[int, Plan] = {}
-        self._left: list[float] = []  # samples that each exit has answered so far
-        self._ids: list[str] = []  # of the samples that run now
-        self._observers: dict[int, tuple[str, Observer]] = {}
-        self._executors: dict[tuple[int, bool], Executor] = {}
-        self.resolved: Resolved = resolve(config, self._current_cut())
-        self._resolved[0] = self.resolved
+        self.runners = Runners(config, self._built.graph, self._built.thresholds)
+        self.resolved: Resolved = self.runners.resolved()
         self._build_seconds = time.perf_counter() - began
 
     @classmethod
@@ -119,12 +85,13 @@ class Pipeline:
     def plan(self) -> Plan:
         """Stages, segments, steps and buffers of the graph as it is now, scheduled for the configuration's bucket."""
         with self._lock:
-            return self._plan(0)
+            return self.runners.plan()
 
     @property
     def modules(self) -> Mapping[str, GraphModule]:
         """Each segment's part of the graph: inputs then reads → tuple of writes."""
-        return self._current_cut().modules
+        with self._lock:
+            return self.runners.cut.modules
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -149,7 +116,8 @@ class Pipeline:
         `predict`'s, which agrees with it within rounding.
         """
         sample = self._sample({"id": id, "image": image, "text": text, "audio": audio}, 0)
-        return self.run([sample], rows=self.resolved.call_rows)[0][0]
+        with self._lock:
+            return self.run([sample], kind=self.runners.kind_of_call())[0][0]
 
     def predict(self, samples: Iterable[Sample | Mapping[str, Any]]) -> list[Prediction]:
         """List in, list out, in order. A sample is a `Sample` or a mapping with any of image, text, audio, id.
@@ -216,20 +184,15 @@ class Pipeline:
             with pipeline.observe("image.layer2", lambda seen: print(seen.ids, seen.tensor.shape)):
                 pipeline.predict(samples)
         """
-        try:
-            find(self.graph, self._current_cut(), where)
-        except GraphError as error:
-            raise InputError(str(error)) from error
-        number = next(self._numbers)
         with self._lock:
-            self._observers[number] = where, callback
-            self._forget_executors()
+            number = self.runners.observers.add(self.graph, self.runners.cut, where, callback)
+            self.runners.forget_executors()
         try:
             yield
         finally:
             with self._lock:
-                del self._observers[number]
-                self._forget_executors()
+                self.runners.observers.remove(number)
+                self.runners.forget_executors()
 
     def job_settings(self) -> JobSettings:
         """What a folder job needs to know of this pipeline."""
@@ -265,16 +228,15 @@ class Pipeline:
         *,
         exits: bool = True,
         embeddings: bool | None = None,
-        rows: int | None = None,
+        kind: Kind = "batch",
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of the run. `answered` is told of progress.
 
-        `rows`: another bucket than the configuration's.
+        `kind`: which of the pipeline's plans runs it.
         """
         with self._lock:
-            key = 0 if rows in (None, self.resolved.batch_size) else int(rows or 0)
-            executor = self._executor(key, exits)
+            executor = self.runners.executor(kind, exits)
             columns = list(self._built.preparations)
             present_NM = torch.tensor(
                 [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
@@ -284,12 +246,12 @@ class Pipeline:
             ahead = media.Ahead(workers, decoding_bytes(self.resolved.memory_limit), items_ahead=bucket)
             with ahead:
                 feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
-                self._ids = [sample.id for sample in samples]
+                self.runners.observers.ids = [sample.id for sample in samples]
                 outcome = executor.run(present_NM, feed, answered=answered)
             outcome.seconds["decode"] = feed.core_seconds
             outcome.decodings = feed.spans
             if exits:
-                self._count(outcome)
+                self.runners.count(outcome)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
         answers = Answers(
             labels=self.labels,
@@ -300,89 +262,6 @@ class Pipeline:
             embeddings=wanted,
         )
         return answers.of(samples, outcome), outcome
-
-    def _current_cut(self) -> Cut:
-        if self._cut is None or self._cut_version != self.graph.version:
-            self._cut, self._cut_version = cut(self.graph), self.graph.version
-            self._forget_plans()
-        return self._cut
-
-    def _forget_plans(self) -> None:
-        self._forget_executors()
-        self._plans.clear()
-
-    def _forget_executors(self) -> None:
-        for executor in self._executors.values():
-            executor.close()
-        self._executors.clear()
-
-    def _plan(self, rows: int) -> Plan:
-        made = self._current_cut()
-        if rows not in self._resolved:
-            self._resolved[rows] = resolve(self.config, made, rows=rows, measure=self._measured)
-        if rows not in self._plans:
-            self._plans[rows] = placed(made.plan, self._resolved[rows])
-        return self._plans[rows]
-
-    def _executor(self, rows: int, exits: bool) -> Executor:
-        plan = self._plan(rows)
-        if (rows, exits) not in self._executors:
-            gate = self._gate(exits) if plan.exits else None
-            self._executors[rows, exits] = self._executor_of(plan, self._resolved[rows].threads, gate)
-        return self._executors[rows, exits]
-
-    def _executor_of(self, plan: Plan, threads: int, gate: Gate | None) -> Executor:
-        modules = self._current_cut().modules
-        watches, modules = self._watched(modules)
-        lowered = {s.name: lower(self.resolved.backend, s, modules[s.name]) for s in plan.segments}
-        return Executor(plan, lowered, threads=threads, gate=gate, watches=watches)
-
-    def _watched(self, modules: Mapping[str, GraphModule]) -> tuple[dict[str, Watch], Mapping[str, GraphModule]]:
-        """Segments that somebody observes return what is looked at, and hand copies of it to the observers."""
-        made, places = self._current_cut(), {}
-        for number, (where, _) in self._observers.items():
-            places[number] = find(self.graph, made, where)
-        watches, changed = {}, dict(modules)
-        for name in dict.fromkeys(place.segment for found in places.values() for place in found):
-            here = {number: [p for p in found if p.segment == name] for number, found in places.items()}
-            extra = tuple(dict.fromkeys(p.node for found in here.values() for p in found if not p.written))
-            changed[name] = with_outputs(modules[name], extra) if extra else modules[name]
-            wanted = {number: [p.node for p in found] for number, found in here.items() if found}
-            watches[name] = Watch(extra, partial(self._tell, wanted))
-        return watches, changed
-
-    def _tell(self, wanted: Mapping[int, Sequence[str]], rows: Sequence[int], values: Mapping[str, Tensor]) -> None:
-        ids = [self._ids[row] for row in rows]
-        for number, names in wanted.items():
-            if number in self._observers:
-                where, callback = self._observers[number]
-                callback(Observation(where, ids, {name: values[name].cpu() for name in names}))
-
-    def _count(self, outcome: Outcome) -> None:
-        exits = self._plan(0).exits
-        self._left = self._left if len(self._left) == len(exits) else [0.0] * len(exits)
-        for index in range(len(exits)):
-            self._left[index] += float((outcome.exit_N == index).sum())
-
-    def _measured(self, plan: Plan, threads: int) -> float:
-        """Seconds that a plan takes to answer one bucket, at the rates at which samples have left so far."""
-        with contextlib.closing(
-            self._executor_of(plan, threads, self._gate(False) if plan.exits else None)
-        ) as executor:
-            return expected_seconds(seconds_to_exits(executor), self._left or None)
-
-    def _gate(self, exits: bool) -> Gate:
-        kind, thresholds = self.config.fusion.confidence, self._built.thresholds
-
-        def decide(exit_index: int, logits_RL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            probabilities_RL = gate.probabilities(logits_RL)
-            confidence_R = gate.confidence(probabilities_RL, kind)
-            if exit_index == len(thresholds):
-                return probabilities_RL, confidence_R, torch.isfinite(confidence_R)
-            leaves_R = gate.leaves(confidence_R, thresholds[exit_index])
-            return probabilities_RL, confidence_R, leaves_R if exits else torch.zeros_like(leaves_R)
-
-        return decide
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -405,8 +284,7 @@ class Pipeline:
     def close(self) -> None:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
-            self._forget_plans()
-            self._cut, self._cut_version = None, -1
+            self.runners.close()
 
     def __enter__(self) -> Self:
         return self

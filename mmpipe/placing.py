@@ -15,7 +15,7 @@ from typing import Any
 from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
-from mmpipe.graphs.plan import Plan
+from mmpipe.graphs.plan import HEAD, Plan
 from mmpipe.graphs.schedule import place
 from mmpipe.runtime.pool import PoolSizes
 
@@ -95,6 +95,8 @@ def resolve(config: Config, made: Cut, *, rows: int | None = None, measure: Meas
         reasons["batch_size"] = "one sample alone"
     may_shrink = runtime.batch_size == "auto" and rows is None
     size, lanes, slots = fits.largest([n for n in _SMALLER if n <= wanted] if may_shrink else [wanted])
+    if measure is not None:  # a call has one sample
+        slots = size * lanes
     if size < wanted:
         reasons["batch_size"] = f"{wanted} rows do not fit runtime.memory_limit ({shown(int(limit))})"
     two = "one run is staged while another computes"
@@ -146,14 +148,20 @@ def _schedule(config: Config, made: Cut, base: Resolved, cores: int, small: bool
         reasons |= {"schedule": "configured", "streams": "one for each branch: the schedule is parallel"}
         reasons["threads"] = f"{cores} cores for {len(encoders)} branches"
         return replace(side_by_side, reasons=reasons)
-    reasons["streams"] = "one: side by side is not faster when every bucket fills the cores"
+    most = max(len([s for s in made.plan.stage(stage) if s.branch != HEAD]) for stage in range(made.plan.stages))
+    reasons["streams"] = "one: side by side is not faster where one segment fills the cores"
+    if base.device == "cpu" and most < 2:
+        reasons["streams"] = "one: no stage has two encoders"
+    elif small and cores > 1:
+        base = replace(base, streams="branches")
+        reasons["streams"] = f"one for each branch: a segment has one thread, and there are {cores} cores"
     if given == "cascade":
         reasons["schedule"] = "configured"
     elif len(encoders) < 2:
         reasons["schedule"] = "one encoder: nothing to run beside it"
-    elif small:
+    elif measure is None and small:
         reasons["schedule"] = "small encoders: what an exit saves is worth more than what branches side by side gain"
-    elif rows >= _SIDE_BY_SIDE:
+    elif measure is None and rows >= _SIDE_BY_SIDE:
         reasons["schedule"] = f"buckets of {rows} rows: a cascade computes only what is needed, and fills the cores"
     elif measure is None:
         reasons["schedule"] = "nothing was measured"

@@ -1,0 +1,126 @@
+"""The plans of one pipeline, bound to memory and streams: one for batches, one for single calls, made when first used.
+
+The graph is cut anew when it was edited. Of each kind one executor is open at a time, so that no two pools are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmpipe.config import Config
+from mmpipe.fusion import gate
+from mmpipe.graphs.backends import lower
+from mmpipe.graphs.cut import Cut, cut
+from mmpipe.graphs.fuse import FusedGraph
+from mmpipe.graphs.plan import Plan
+from mmpipe.observing import Observers
+from mmpipe.placing import Resolved, placed, resolve
+from mmpipe.runtime.executor import Executor
+from mmpipe.runtime.ledger import Gate, Outcome
+from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
+
+Kind = Literal["batch", "call"]
+
+_CALLS = 8  # single calls of a small pipeline, after which it is worth measuring how they go fastest
+
+
+class Runners:
+    """Cut, plans and executors of a graph. Not safe for several threads: the pipeline's lock is."""
+
+    def __init__(self, config: Config, graph: FusedGraph, thresholds: Sequence[float]) -> None:
+        self.config, self.graph, self.thresholds = config, graph, thresholds
+        self.observers = Observers()
+        self._cut: Cut | None = None
+        self._version = -1
+        self._resolved: dict[Kind, Resolved] = {}
+        self._plans: dict[Kind, Plan] = {}
+        self._executors: dict[Kind, tuple[bool, Executor]] = {}
+        self._calls = 0
+        self._left: list[float] = []  # samples that each exit has answered so far
+
+    @property
+    def cut(self) -> Cut:
+        """The graph as it is now, in segments."""
+        if self._cut is None or self._version != self.graph.version:
+            self._cut, self._version = cut(self.graph), self.graph.version
+            self.forget_executors()
+            self._plans.clear()
+        return self._cut
+
+    def resolved(self, kind: Kind = "batch") -> Resolved:
+        """What every `auto` became, for this kind of run; decided once."""
+        if kind not in self._resolved:
+            if kind == "batch":
+                self._resolved[kind] = resolve(self.config, self.cut)
+            else:
+                rows = self.resolved().call_rows
+                self._resolved[kind] = resolve(self.config, self.cut, rows=rows, measure=self._measured)
+        return self._resolved[kind]
+
+    def kind_of_call(self) -> Kind:
+        """The plan of the next single call. A small pipeline's is that of batches until it is called often enough to
+        measure: the bucket and the threads are the same, so that no bit changes then."""
+        self._calls += 1
+        small = self.resolved().call_rows == self.resolved().batch_size
+        return "batch" if small and self._calls <= _CALLS else "call"
+
+    def plan(self, kind: Kind = "batch") -> Plan:
+        made = self.cut
+        if kind not in self._plans:
+            self._plans[kind] = placed(made.plan, self.resolved(kind))
+        return self._plans[kind]
+
+    def executor(self, kind: Kind, exits: bool) -> Executor:
+        """`exits` False: no sample leaves before the last stage."""
+        plan = self.plan(kind)
+        if kind in self._executors and self._executors[kind][0] != exits:
+            self._executors.pop(kind)[1].close()
+        if kind not in self._executors:
+            watches, modules = self.observers.watches(self.graph, self.cut)
+            lowered = {s.name: lower(self.resolved().backend, s, modules[s.name]) for s in plan.segments}
+            made = Executor(plan, lowered, threads=self.resolved(kind).threads, gate=self._gate(exits), watches=watches)
+            self._executors[kind] = exits, made
+        return self._executors[kind][1]
+
+    def count(self, outcome: Outcome) -> None:
+        """Remember where samples left: the rates decide what is fast."""
+        exits = len(self.plan().exits)
+        self._left = self._left if len(self._left) == exits else [0.0] * exits
+        for index in range(exits):
+            self._left[index] += float((outcome.exit_N == index).sum())
+
+    def forget_executors(self) -> None:
+        for _, executor in self._executors.values():
+            executor.close()
+        self._executors.clear()
+
+    def close(self) -> None:
+        self.forget_executors()
+        self._plans.clear()
+        self._cut, self._version = None, -1
+
+    def _measured(self, plan: Plan, threads: int) -> float:
+        """Seconds that a plan takes to answer one bucket, at the rates at which samples have left so far."""
+        lowered = {s.name: lower(self.resolved().backend, s, self.cut.modules[s.name]) for s in plan.segments}
+        with contextlib.closing(Executor(plan, lowered, threads=threads, gate=self._gate(False))) as executor:
+            return expected_seconds(seconds_to_exits(executor), self._left or None)
+
+    def _gate(self, exits: bool) -> Gate | None:
+        if not self.cut.plan.exits:
+            return None
+        kind, thresholds = self.config.fusion.confidence, self.thresholds
+
+        def decide(exit_index: int, logits_RL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            probabilities_RL = gate.probabilities(logits_RL)
+            confidence_R = gate.confidence(probabilities_RL, kind)
+            if exit_index == len(thresholds):
+                return probabilities_RL, confidence_R, torch.isfinite(confidence_R)
+            leaves_R = gate.leaves(confidence_R, thresholds[exit_index])
+            return probabilities_RL, confidence_R, leaves_R if exits else torch.zeros_like(leaves_R)
+
+        return decide

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmpipe.graphs.order import before, members
 from mmpipe.graphs.plan import StagePlan
@@ -126,6 +128,8 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self.notes: list[str] = []
         self._memory = torch.cuda.MemPool()
+        # the host's → the device's: segments, and plans of other buckets, share them
+        self._weights: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         # Replays go one after the other: a run's head may read slots that the run before it wrote.
         self._launch = CudaStream("graph", torch.cuda.Stream(self.device))
         self._graph_memory: dict[int, torch.cuda._POOL_HANDLE] = {}  # lane → that of its graphs alone
@@ -150,7 +154,7 @@ class CudaDevice:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def place(self, module: fx.GraphModule) -> fx.GraphModule:
-        return placed(module, self.device)
+        return placed(module, self.device, self._weights)
 
     def near(self, numbers: Tensor) -> Tensor:
         return self.allocate(numbers.nbytes).view(numbers.dtype).reshape(numbers.shape)
@@ -169,8 +173,8 @@ class CudaDevice:
         target.copy_(source, non_blocking=True)
 
     def graph_of(self, work: Work, streams: Mapping[str, Stream]) -> Captured | None:
-        """Asked before each run of a work that could be one graph. The first run warms up (libraries load, workspaces are
-        made: no capture allows that), the second captures. Where that fails, `notes` say why."""
+        """Asked before each run of a work that could be one graph. The first run warms up (libraries load, workspaces
+        are made: no capture allows that), the second captures. Where that fails, `notes` say why."""
         if work not in self._warm:
             self._warm.add(work)
         elif work not in self._graphs:
@@ -275,15 +279,20 @@ def consecutive(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def placed(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """A copy with its weights on the device, and what its graph makes out of nothing there too."""
-    moved = copy.deepcopy(module).to(device)
-    for node in moved.graph.nodes:
+def placed(module: fx.GraphModule, device: torch.device, weights: MutableMapping[Tensor, Tensor]) -> fx.GraphModule:
+    """The module's graph over weights on the device; what it makes out of nothing is made there too."""
+    graph = copy.deepcopy(module.graph)
+    mine: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            weight = attrgetter(node.target)(module)
+            if weight not in weights:
+                weights[weight] = weight.detach().to(device)
+            mine[node.target] = weights[weight]
         node.args, node.kwargs = map_aggregate(
             (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
         )
-    moved.recompile()
-    return moved
+    return fx.GraphModule(mine, graph)
 
 
 def first_cause(error: BaseException) -> str:

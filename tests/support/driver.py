@@ -5,7 +5,7 @@
 
 Work runs when it is launched, so that answers can be compared; the trace is then judged by torch's own race detector
 (`races`). Rows are seen through: gathering rows 1 and 2 of the slots reads their cells alone. An operation captured
-into a graph runs again, in place, at each replay, on streams that the graph's own edges and its launch order, and nothing else.
+into a graph runs at each replay, in place, on streams that only the graph's own edges and its launch order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mmpipe.runtime import cuda
 
 CELL_BYTES = 8  # no two buffers share one, nor two rows of the slots
 DEFAULT = 0  # the stream that is there
@@ -56,6 +58,7 @@ class Driver(TorchDispatchMode):
         self.capturing: Graph | None = None
         self.replaying = False
         self.replays = 0
+        self.forked: set[int] = set()  # streams of a replay
         self.spare: set[int] = set()  # cells of the row that fills buckets up: written by anyone, read by nobody
         self._memory: dict[int, Tensor] = {}  # by address
         self._pinned: set[int] = set()
@@ -143,7 +146,7 @@ class Call:
 
 
 def captured(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a captured operation returns: the room for its result; nothing is computed, and nothing that is there seen."""
+    """Room for what a captured operation returns: it doesn't run, and what is in memory may be nonsense still."""
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if written:
@@ -214,6 +217,9 @@ class Graph:
         def anew(number: int) -> int:
             return numbers.setdefault(number, driver.number())
 
+        streams = {item.stream if isinstance(item, Mark) else item[0] for item in self.items} - {self.launch}
+        driver.forked |= {anew(stream) for stream in streams}
+
         for item in self.items:
             if isinstance(item, Mark):
                 driver.put(Mark(item.does, anew(-item.event), anew(item.stream)))
@@ -283,6 +289,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Any:
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "empty", owned)
+        patch.setattr(cuda, "placed", lambda module, device, weights: module)
         _current.append(driver)
         try:
             with driver:

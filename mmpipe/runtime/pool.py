@@ -3,8 +3,9 @@
     [slots …][lane 0: scratch][lane 1: scratch] …      the device's
     [media …][lane 0: host buffers][lane 1: …] …       the host's; on a CPU both are one allocation
 
-`Pool.view` gives a buffer as a tensor; `SlotRows` and `MediaRows` say which rows are whose. A row goes to another sample
-only after the host has seen that the run which read it has ended: that keeps runs apart where the plan's order does not.
+`Pool.view` gives a buffer as a tensor; `SlotRows` and `MediaRows` say which rows are whose. A row goes to another
+sample only after the host has seen that the run which read it has ended: that keeps runs apart where the plan's order
+does not.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ class SlotRows:
 class MediaRows:
     """Media slots of one branch: free → filling → ready → reading → free.
 
-    `take` is the consumer's: it waits, when none is free, for the run that reads the oldest. `fill` is a decoder's, from
-    any thread. Rows are taken in the order in which they will be read: a full pool never waits for itself.
+    `take` is the consumer's: it waits, when none is free, for the run that reads the oldest. `fill` is a decoder's,
+    from any thread. Rows are taken in the order in which they will be read: a full pool never waits for itself.
     """
 
     def __init__(self, tables: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ race detector finds nothing in what was launched, and segments run on fake tenso
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 from operator import attrgetter
 from pathlib import Path
@@ -103,10 +104,10 @@ def on_double(monkeypatch):
         with driver.double(monkeypatch) as double:
             device = CudaDevice(0)
             runner, _ = executor(specs, thresholds, device=device, **placing)
-            for buffer in runner.pool.sizes.slot_buffers:
-                double.spare |= double.cells_of(runner.pool.view(0, buffer)[runner.plan.slots])
-            outcomes = [runner.run(rows[PRESENCE], Rows(rows)) for _ in range(runs)]
-            runner.close()
+            with contextlib.closing(runner):
+                for buffer in runner.pool.sizes.slot_buffers:
+                    double.spare |= double.cells_of(runner.pool.view(0, buffer)[runner.plan.slots])
+                outcomes = [runner.run(rows[PRESENCE], Rows(rows)) for _ in range(runs)]
         return outcomes, double, device
 
     return run
@@ -274,6 +275,14 @@ def test_uploading_is_the_host_s_gathering(rows, monkeypatch):
 def test_the_prologue_is_what_reads_media_and_what_comes_before_it():
     runner, _ = executor([], [], layout="staged")
     assert prologue(runner.plan.stage_plans[0]) == {"in:image@0", "in:text@0", "in:audio@0"}
+
+
+def test_free_memory_is_the_driver_s_word(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (5, 9) if device == torch.device("cuda", 0) else None
+    )
+    with driver.double(monkeypatch):
+        assert CudaDevice(0).memory_bytes() == 5
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:3"])

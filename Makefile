@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: run test lint types house pytest clean
+.PHONY: run test lint types house pytest gpu clean
 
 run: $(VENV)/.run
 	$(BIN)/mmpipe run quickstart --mode overwrite
@@ -24,6 +24,12 @@ house: $(VENV)/.test
 
 pytest: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What no CPU can show.
+gpu: $(VENV)/.test
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+		|| { echo "torch sees no NVIDIA GPU here: nothing was run"; exit 1; }
+	$(BIN)/python -m pytest -m gpu
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -5,18 +5,33 @@ HostDevice is here; `mmpipe.runtime.cuda` has the other. Index tensors hold row 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from mmpipe.runtime.streams import HostStream, Stream
+from mmpipe.runtime.streams import Event, HostStream, Run, Stream
+
+if TYPE_CHECKING:
+    from mmpipe.runtime.lanes import Work
+
+
+class Graph(Protocol):
+    """Most steps of a work in one go. `prologue` names the others, which are submitted before."""
+
+    @property
+    def prologue(self) -> Collection[str]: ...
+
+    def replay(self, run: Run) -> Mapping[str, Event]:
+        """Put its steps on the device: step → event, for those that record one."""
 
 
 class Device(Protocol):
-    """Streams, memory and copies of one device."""
+    """Streams, memory and copies of one device. `notes`: what it could not do the fast way, and why."""
 
     kind: str
+    notes: list[str]
 
     def stream(self, name: str, threads: int) -> Stream: ...
 
@@ -38,11 +53,17 @@ class Device(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """target = source, from host to device or back, in the current stream's order."""
 
+    def graph_of(self, work: Work, streams: Mapping[str, Stream]) -> Graph | None:
+        """The steps of a work as one launch, if the device has such; asked when every segment has rows."""
+
 
 class HostDevice:
     """The CPU."""
 
     kind = "cpu"
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
 
     def stream(self, name: str, threads: int) -> HostStream:
         return HostStream(name, threads)
@@ -64,3 +85,18 @@ class HostDevice:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
+
+    def graph_of(self, work: Work, streams: Mapping[str, Stream]) -> None:
+        return None
+
+
+def device_for(name: str) -> Device:
+    """The device of a name: "cpu", "cuda" or "cuda:1". RuntimeError where this machine has no such."""
+    kind, _, index = name.partition(":")
+    if name == "cpu":
+        return HostDevice()
+    if kind == "cuda" and name != "cuda:" and (not index or index.isdecimal()):
+        from mmpipe.runtime.cuda import CudaDevice
+
+        return CudaDevice(int(index or 0))
+    raise RuntimeError(f"unknown device {name!r}: one of cpu, cuda, cuda:N")

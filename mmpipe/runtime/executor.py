@@ -288,9 +288,7 @@ class _Cascade(_Running):
         for segment in segments:
             if taken[segment.name].rows:
                 self.write(work, segment, taken[segment.name])
-        for step in work.stage_plan.steps:
-            rows = taken[step.segment]
-            lane.submit(step, rows if rows.rows else None)
+        lane.submit_all(taken)
         for segment in segments:
             self.submitted(lane, segment, taken[segment.name])
 

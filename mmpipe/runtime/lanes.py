@@ -1,7 +1,7 @@
 """A lane: one run in flight, with scratch and host buffers of its own, its steps bound once to where they work.
 
     Work     a stage plan's steps as functions without arguments, for one lane
-    Lane     puts them on the streams, run after run: begin → submit … → finish
+    Lane     puts them on the streams, run after run: begin → submit … or submit_all → end
 
 What changes from run to run are numbers that the host writes into buffers (which rows), never a step.
 """
@@ -54,7 +54,7 @@ class Work:
         watches: Mapping[str, Watch],
     ) -> None:
         self.stage_plan, self.pool, self.lane = stage_plan, pool, lane
-        self.plan, self.device = plan, pool.device
+        self.plan, self.device, self.watches = plan, pool.device, watches
         self.views = {buffer.name: pool.view(lane, buffer) for buffer in stage_plan.buffers}
         # row numbers where the device's copies can read them
         self.near = {n: self.device.near(v) for n, v in self.views.items() if n.endswith(("/get", "/put"))}
@@ -189,6 +189,19 @@ class Lane:
         if step.records:
             self.events[step.name] = stream.record(self.run)
 
+    def submit_all(self, rows: Mapping[str, Rows]) -> None:
+        """The whole run at once: as one graph where the device has it and every segment has rows."""
+        assert self.work is not None
+        assert self.run is not None
+        work, full = self.work, all(chosen.rows for chosen in rows.values())
+        graph = work.device.graph_of(work, self.streams) if full else None
+        for step in work.stage_plan.steps:
+            if graph is None or step.name in graph.prologue:
+                self.submit(step, rows[step.segment] if rows[step.segment].rows else None)
+        if graph is not None:
+            self.rows = dict(rows)
+            self.events.update(graph.replay(self.run))
+
     def answer(self, segment: str, value: str) -> Tensor:
         """The bucket of an answer, when the segment has written it. The host waits. Raises StepFailed."""
         assert self.work is not None
@@ -203,6 +216,7 @@ class Lane:
             if name in self.events:
                 self.events[name].wait()
         run, self.run = self.run, None
+        run.settle()
         counts = {name: len(rows.rows) for name, rows in self.rows.items()}
         return [
             Span(step, stream, self.number, self.serial, counts.get(step.partition(":")[2] or step, 0), start, end)

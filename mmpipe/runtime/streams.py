@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 Work = Callable[[], object]
+Took = tuple[str, str, float, float]  # step, stream, start, end
 
 
 class StepFailed(Exception):
@@ -37,14 +38,16 @@ class StreamClosed(RuntimeError):
 class Run:
     """One run in one lane. Streams ask it before each step; the first failure is kept.
 
-    `spans`: (step, stream, start, end) of what ran, seconds of time.perf_counter.
+    `spans`: (step, stream, start, end) of what ran, seconds of time.perf_counter. `timers`: spans that a device with a
+    clock of its own can tell once the run has ended; `settle` asks them.
     """
 
     def __init__(self, lane: int = 0) -> None:
         self.lane = lane
         self.failed: StepFailed | None = None
         self.cancelled = False
-        self.spans: list[tuple[str, str, float, float]] = []
+        self.spans: list[Took] = []
+        self.timers: list[Callable[[], Took]] = []
 
     @property
     def stopped(self) -> bool:
@@ -54,6 +57,11 @@ class Run:
     def cancel(self) -> None:
         """Drop the work that has not begun. What runs, ends."""
         self.cancelled = True
+
+    def settle(self) -> None:
+        """The run has ended: its spans are complete, in the order of their end."""
+        if self.timers:
+            self.spans = sorted((timer() for timer in self.timers), key=lambda span: span[3])
 
     def fail(self, step: str, cause: BaseException) -> None:
         if self.failed is None:

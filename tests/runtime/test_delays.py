@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from runtime.test_executor import DEPTH_EXITS, MODALITY_EXITS, Rows, executor
 from support.parts import LABELS, ORDER, batch
+from support.running import DEPTH_EXITS, MODALITY_EXITS, Rows, executor
 
 from mmpipe.errors import MmpipeError
 from mmpipe.graphs.fuse import ExitSpec, Probe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runtime.test_executor import MODALITY_EXITS, Rows, executor
 from support.parts import batch
+from support.running import MODALITY_EXITS, Rows, executor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpipe.graphs.plan import PRESENCE

@@ -1,0 +1,111 @@
+"""Device work is ordered, and memory for it taken, in four modules of the runtime and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("mmpipe", "graphs", "encoders", "fusion")
+RUNTIME = {f"mmpipe/runtime/{name}.py" for name in ("streams", "cuda", "device", "pool")}
+ALLOWED = {
+    ("mmpipe/runtime/executor.py", ".synchronize"): "asks each stream to end, through streams.Stream",
+    ("mmpipe/media/ahead.py", "concurrent.futures"): "decoders: files and the host's memory, no device",
+    ("mmpipe/feed.py", "threading"): "a lock around the seconds that decoders count",
+    ("mmpipe/pipeline.py", "threading"): "a lock: one run of a pipeline at a time",
+    ("mmpipe/jobs/job.py", "threading"): "asks for the main thread: only there may signals be handled",
+}
+MODULES = ("threading", "queue", "_thread", "multiprocessing", "concurrent", "asyncio")
+METHODS = {"record_stream", "synchronize", "pin_memory", "cuda", "wait_event", "wait_stream"}
+
+
+def found(source: str) -> set[str]:
+    """What a module does that orders device work, or takes memory of a device."""
+    seen: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                imported = [name.name for name in names]
+            case ast.ImportFrom(module=module, names=names, level=0):
+                imported = [module, *(f"{module}.{name.name}" for name in names)]
+            case _:
+                imported = []
+        seen |= {name for name in imported if name.split(".")[0] in MODULES and name.count(".") < 2}
+        seen |= {"torch.cuda" for name in imported if name.startswith("torch.cuda")}
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.cuda"):
+            seen.add("torch.cuda")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, method = ast.unparse(node.func), node.func.attr
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            if method in METHODS:
+                seen.add(f".{method}")
+            if "pin_memory" in given:
+                seen.add("pin_memory=")
+            makes = name.startswith("torch.") or method.startswith(("new_", "to"))
+            if (makes and "device" in given and not _follows(given["device"])) or (
+                method == "to" and any(map(_names_cuda, node.args))
+            ):
+                seen.add("device=")
+    return seen
+
+
+def _follows(value: ast.expr) -> bool:
+    """`device=x.device`: where another tensor is; that allocates for nobody else's stream."""
+    return isinstance(value, ast.Attribute) and value.attr == "device"
+
+
+def _names_cuda(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and str(value.value).startswith("cuda")
+
+
+def modules() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
+
+
+def test_nothing_else_orders_device_work_or_allocates_for_it():
+    done = {(name, what) for name in modules() if name not in RUNTIME for what in found((ROOT / name).read_text())}
+    assert {pair for pair in done if not _allowed(*pair)} == set()
+    unused = {pair for pair in ALLOWED if not any(_covers(pair, other) for other in done)}
+    assert unused == set()  # an exception that nobody needs any more
+
+
+def _covers(exception: tuple[str, str], pair: tuple[str, str]) -> bool:
+    return exception[0] == pair[0] and (pair[1] == exception[1] or pair[1].startswith(f"{exception[1]}."))
+
+
+def _allowed(name: str, what: str) -> bool:
+    return any(_covers(exception, (name, what)) for exception in ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("import torch\ntorch.cuda.synchronize()", "torch.cuda"),
+        ("from torch.cuda import Stream", "torch.cuda"),
+        ("import torch.cuda as c", "torch.cuda"),
+        ("x.record_stream(s)", ".record_stream"),
+        ("event.synchronize()", ".synchronize"),
+        ("y = x.pin_memory()", ".pin_memory"),
+        ("y = torch.empty(3, pin_memory=True)", "pin_memory="),
+        ("y = torch.empty(3, device='cuda')", "device="),
+        ("y = torch.zeros(3, device=device)", "device="),
+        ("y = x.new_zeros(3, device=device)", "device="),
+        ("y = x.to(device=device)", "device="),
+        ("y = x.cuda()", ".cuda"),
+        ("y = x.to('cuda:0')", "device="),
+        ("import threading", "threading"),
+        ("from threading import Lock", "threading"),
+        ("from queue import Queue", "queue"),
+        ("from concurrent.futures import ThreadPoolExecutor", "concurrent.futures"),
+    ],
+)
+def test_it_is_seen(source, what):
+    assert what in found(source)
+    assert not _allowed("mmpipe/answers.py", what)
+
+
+@pytest.mark.parametrize("source", ["y = torch.arange(3, device=x.device)", "run = Executor(plan, device=device)"])
+def test_it_is_no_allocation(source):
+    assert found(source) == set()

@@ -165,7 +165,7 @@ def schedules(pipeline: Pipeline, rows: int, count: int) -> None:
             config = pipeline.config.model_copy(
                 update={"runtime": pipeline.config.runtime.model_copy(update={"schedule": name, "batch_size": "auto"})}
             )
-            chosen = resolve(config, made, rows=rows, measure=pipeline.runners._measured)
+            chosen = resolve(config, made, pipeline.runners.device, rows=rows, measure=pipeline.runners._measured)
             runner = stack.enter_context(
                 contextlib.closing(executor(pipeline, placed(made.plan, chosen), chosen.threads))
             )
@@ -223,7 +223,7 @@ def main() -> None:
     with Pipeline.load(options.config, say=print) as pipeline:
         for rows in options.rows:
             print(f"{options.config}, {rows} rows a bucket, {torch.get_num_threads()} threads")
-            chosen = resolve(pipeline.config, pipeline.runners.cut, rows=rows)
+            chosen = resolve(pipeline.config, pipeline.runners.cut, pipeline.runners.device, rows=rows)
             plan = placed(pipeline.runners.cut.plan, chosen)
             proofs(pipeline, plan)
             orchestration(pipeline, plan, chosen.threads, options.buckets, options.pairs)

@@ -35,7 +35,7 @@ from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
-from mmpipe.placing import Resolved, decoding_bytes
+from mmpipe.placing import Resolved, decoding_bytes, device_of
 from mmpipe.runners import Kind, Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
@@ -52,12 +52,13 @@ class Pipeline:
     def __init__(self, config: Config, *, say: Callable[[str], None] = lambda text: None) -> None:
         began = time.perf_counter()
         self.config = config
+        device = device_of(config)  # first: what is not there is refused before models are loaded
         with collector_paused():
             self._built: Built = build(config, say=say)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
-        self.runners = Runners(config, self._built.graph, self._built.thresholds)
+        self.runners = Runners(config, self._built.graph, self._built.thresholds, device)
         self.resolved: Resolved = self.runners.resolved()
         self._build_seconds = time.perf_counter() - began
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from mmpipe.config import Config
@@ -17,6 +16,7 @@ from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import HEAD, Plan
 from mmpipe.graphs.schedule import place
+from mmpipe.runtime.device import Device, device_for
 from mmpipe.runtime.pool import PoolSizes
 
 _ROWS = 32  # of a bucket, where memory allows
@@ -60,7 +60,19 @@ class Resolved:
         return 1 if large and not self.reasons["batch_size"].startswith("configured") else self.batch_size
 
 
-def resolve(config: Config, made: Cut, *, rows: int | None = None, measure: Measure | None = None) -> Resolved:
+def device_of(config: Config) -> Device:
+    """The device that the configuration asks for. ConfigError where this machine has none such."""
+    name = "cpu" if config.runtime.device == "auto" else config.runtime.device
+    try:
+        return device_for(name)
+    except RuntimeError as error:
+        hint = "runtime.device: cpu runs anywhere"
+        raise config.error("runtime.device", str(error).splitlines()[0], hint) from error
+
+
+def resolve(
+    config: Config, made: Cut, device: Device, *, rows: int | None = None, measure: Measure | None = None
+) -> Resolved:
     """Decide what the configuration leaves open. `rows`: another bucket than the configuration's, for single calls.
 
     `measure` times a plan where only a measurement can tell. Raises ConfigError where nothing fits memory_limit.
@@ -74,12 +86,12 @@ def resolve(config: Config, made: Cut, *, rows: int | None = None, measure: Meas
         return value if given == "auto" else given
 
     fixed = {
-        "device": decided("device", "cpu", "no CUDA device is used unless it is configured"),
+        "device": decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
         "dtype": decided("dtype", "float32", "the only type that is implemented"),
         "backend": decided("backend", "eager", "the only backend that is implemented"),
         "cache": decided("cache", "off", "no cache is implemented"),
     }
-    available = available_bytes()
+    available = device.memory_bytes()
     limit = decided(
         "memory_limit", int(available * _SHARE), f"{_SHARE:.0%} of the {shown(available)} that are available"
     )
@@ -107,7 +119,7 @@ def resolve(config: Config, made: Cut, *, rows: int | None = None, measure: Meas
     base = Resolved(
         **fixed,
         schedule="cascade",
-        streams="one" if fixed["device"] == "cpu" else "staged",
+        streams="one" if device.kind == "cpu" else "staged",
         batch_size=size,
         lanes=lanes,
         slots=slots,
@@ -150,7 +162,9 @@ def _schedule(config: Config, made: Cut, base: Resolved, cores: int, small: bool
         return replace(side_by_side, reasons=reasons)
     most = max(len([s for s in made.plan.stage(stage) if s.branch != HEAD]) for stage in range(made.plan.stages))
     reasons["streams"] = "one: side by side is not faster where one segment fills the cores"
-    if base.device == "cpu" and most < 2:
+    if base.streams == "staged":
+        reasons["streams"] = "copies in and out on streams of their own, so that they overlap with computing"
+    elif most < 2:
         reasons["streams"] = "one: no stage has two encoders"
     elif small and cores > 1:
         base = replace(base, streams="branches")
@@ -234,26 +248,6 @@ class _Fits:
 def decoding_bytes(limit: int) -> int:
     """What media may take while they are decoded, of `memory_limit`."""
     return min(_DECODING, limit // 4)
-
-
-def available_bytes() -> int:
-    """Memory that this process may still take: the machine's, or its control group's."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError):
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return max(1 << 30, min(found)) if found else 4 << 30
 
 
 def shown(size: int) -> str:

@@ -6,11 +6,12 @@ The graph is cut anew when it was edited. Of each kind one executor is open at a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from mmpipe.config import Config
 from mmpipe.fusion import gate
@@ -20,7 +21,9 @@ from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.observing import Observers
 from mmpipe.placing import Resolved, placed, resolve
+from mmpipe.runtime.device import Device
 from mmpipe.runtime.executor import Executor
+from mmpipe.runtime.lanes import Watch
 from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
 
@@ -32,8 +35,8 @@ _CALLS = 8  # single calls of a small pipeline, after which it is worth measurin
 class Runners:
     """Cut, plans and executors of a graph. Not safe for several threads: the pipeline's lock is."""
 
-    def __init__(self, config: Config, graph: FusedGraph, thresholds: Sequence[float]) -> None:
-        self.config, self.graph, self.thresholds = config, graph, thresholds
+    def __init__(self, config: Config, graph: FusedGraph, thresholds: Sequence[float], device: Device) -> None:
+        self.config, self.graph, self.thresholds, self.device = config, graph, thresholds, device
         self.observers = Observers()
         self._cut: Cut | None = None
         self._version = -1
@@ -56,10 +59,10 @@ class Runners:
         """What every `auto` became, for this kind of run; decided once."""
         if kind not in self._resolved:
             if kind == "batch":
-                self._resolved[kind] = resolve(self.config, self.cut)
+                self._resolved[kind] = resolve(self.config, self.cut, self.device)
             else:
                 rows = self.resolved().call_rows
-                self._resolved[kind] = resolve(self.config, self.cut, rows=rows, measure=self._measured)
+                self._resolved[kind] = resolve(self.config, self.cut, self.device, rows=rows, measure=self._measured)
         return self._resolved[kind]
 
     def kind_of_call(self) -> Kind:
@@ -82,8 +85,7 @@ class Runners:
             self._executors.pop(kind)[1].close()
         if kind not in self._executors:
             watches, modules = self.observers.watches(self.graph, self.cut)
-            lowered = {s.name: lower(self.resolved().backend, s, modules[s.name]) for s in plan.segments}
-            made = Executor(plan, lowered, threads=self.resolved(kind).threads, gate=self._gate(exits), watches=watches)
+            made = self._bound(plan, modules, self.resolved(kind).threads, self._gate(exits), watches)
             self._executors[kind] = exits, made
         return self._executors[kind][1]
 
@@ -106,9 +108,20 @@ class Runners:
 
     def _measured(self, plan: Plan, threads: int) -> float:
         """Seconds that a plan takes to answer one bucket, at the rates at which samples have left so far."""
-        lowered = {s.name: lower(self.resolved().backend, s, self.cut.modules[s.name]) for s in plan.segments}
-        with contextlib.closing(Executor(plan, lowered, threads=threads, gate=self._gate(False))) as executor:
+        with contextlib.closing(self._bound(plan, self.cut.modules, threads, self._gate(False))) as executor:
             return expected_seconds(seconds_to_exits(executor), self._left or None)
+
+    def _bound(
+        self,
+        plan: Plan,
+        modules: Mapping[str, GraphModule],
+        threads: int,
+        gate: Gate | None,
+        watches: Mapping[str, Watch] | None = None,
+    ) -> Executor:
+        backend, place = self.resolved().backend, self.device.place
+        lowered = {s.name: lower(backend, s, place(modules[s.name])) for s in plan.segments}
+        return Executor(plan, lowered, threads=threads, gate=gate, device=self.device, watches=watches)
 
     def _gate(self, exits: bool) -> Gate | None:
         if not self.cut.plan.exits:

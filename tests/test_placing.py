@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support import shop
 
 from mmpipe import ConfigError, Pipeline
 from mmpipe.config import load
 from mmpipe.graphs.plan import from_json, to_json
 from mmpipe.placing import placed, resolve
+from mmpipe.runtime.device import HostDevice
 
 EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
 
@@ -43,6 +45,16 @@ def test_the_plan_that_users_see_is_scheduled_and_can_be_written_down(pipeline):
     plan = pipeline.plan
     assert [s.stages for s in plan.stage_plans] == [(0,), (1,), (2,)]
     assert from_json(to_json(plan)) == plan
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_refused_before_models_are_loaded(weights):
+    said = []
+    config = {**shop.config(weights, EXITS), "runtime": {"device": "cuda:1"}}
+    with pytest.raises(ConfigError, match=r"runtime\.device: cuda:1: .* sees no CUDA devices") as caught:
+        Pipeline.load(config, say=said.append)
+    assert caught.value.exit_code == 2
+    assert said == []
 
 
 def test_too_little_memory_is_refused_with_figures(weights):
@@ -85,20 +97,22 @@ def test_auto_takes_what_was_measured_to_be_faster(pipeline, weights, monkeypatc
         return seconds
 
     config = configured(weights)
-    fast = resolve(config, cut_of(pipeline), rows=1, measure=measure(parallel=0.010, cascade=0.020))
+    fast = resolve(config, cut_of(pipeline), HostDevice(), rows=1, measure=measure(parallel=0.010, cascade=0.020))
     assert (fast.schedule, fast.streams) == ("parallel", "parallel")
     assert "parallel 10.0 ms" in fast.reasons["schedule"]
     assert "cascade 20.0 ms" in fast.reasons["schedule"]
-    slow = resolve(config, cut_of(pipeline), rows=1, measure=measure(parallel=0.021, cascade=0.020))
+    slow = resolve(config, cut_of(pipeline), HostDevice(), rows=1, measure=measure(parallel=0.021, cascade=0.020))
     assert (slow.schedule, slow.streams) == ("cascade", "one")
     assert {stages for stages, _ in asked} == {(0, 1, 2), (0,)}
-    assert resolve(config, cut_of(pipeline)).schedule == "cascade"  # batches are never made to wait for a measurement
+    assert (
+        resolve(config, cut_of(pipeline), HostDevice()).schedule == "cascade"
+    )  # batches are never made to wait for a measurement
     assert placed(cut_of(pipeline).plan, fast).stage_plans[0].rows == 1
 
 
 @pytest.mark.parametrize("schedule", ["cascade", "parallel"])
 def test_what_is_configured_is_taken(weights, pipeline, schedule):
-    resolved = resolve(configured(weights, schedule=schedule, batch_size=8), cut_of(pipeline))
+    resolved = resolve(configured(weights, schedule=schedule, batch_size=8), cut_of(pipeline), HostDevice())
     assert (resolved.schedule, resolved.batch_size) == (schedule, 8)
     assert resolved.reasons["schedule"] == resolved.reasons["batch_size"] == "configured"
 

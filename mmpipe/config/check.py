@@ -23,7 +23,6 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "fusion.calibration": (None,),
     "fusion.audit.share": (0.0,),
     "fusion.deliberate": (None,),
-    "runtime.device": ("auto", "cpu"),
     "runtime.dtype": ("auto", "float32"),
     "runtime.backend": ("auto", "eager"),
     "input.decode": ("exact",),

@@ -214,6 +214,7 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         found.append(("CUDA", "PyTorch sees no CUDA device on this machine"))
     elif resolved.device == "cpu":
         found.append(("CUDA", "runtime.device is cpu; cuda uses the GPU that is here"))
+    found += [("a CUDA graph", note) for note in pipeline.runners.device.notes]
     if resolved.dtype == "float32":
         found.append(("bfloat16", "float32 is the only type that is implemented"))
     if resolved.backend == "eager":

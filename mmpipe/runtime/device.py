@@ -6,6 +6,7 @@ HostDevice is here; `mmpipe.runtime.cuda` has the other. Index tensors hold row 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -41,6 +42,9 @@ class Device(Protocol):
     def allocate_host(self, size_bytes: int) -> Tensor:
         """uint8 memory of the host, which the device can copy from and to without the host's help."""
 
+    def memory_bytes(self) -> int:
+        """Bytes that may still be taken."""
+
     def place(self, module: fx.GraphModule) -> fx.GraphModule:
         """A module with its weights on the device."""
 
@@ -74,6 +78,9 @@ class HostDevice:
     def allocate_host(self, size_bytes: int) -> Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
+    def memory_bytes(self) -> int:
+        return available_bytes()
+
     def place(self, module: fx.GraphModule) -> fx.GraphModule:
         return module
 
@@ -100,3 +107,23 @@ def device_for(name: str) -> Device:
 
         return CudaDevice(int(index or 0))
     raise RuntimeError(f"unknown device {name!r}: one of cpu, cuda, cuda:N")
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: the machine's, or its control group's."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError):
+        pass
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return max(1 << 30, min(found)) if found else 4 << 30

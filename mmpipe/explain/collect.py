@@ -24,6 +24,7 @@ from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.pipeline import Pipeline
 from mmpipe.placing import shown
+from mmpipe.runtime.device import cuda_devices
 from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample
 
@@ -210,10 +211,10 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
     """Each fast path that this run did not take, and why."""
     resolved, plan = pipeline.resolved, pipeline.plan
     found: list[tuple[str, str]] = []
-    if not torch.cuda.is_available():
-        found.append(("CUDA", "PyTorch sees no CUDA device on this machine"))
-    elif resolved.device == "cpu":
-        found.append(("CUDA", "runtime.device is cpu; cuda uses the GPU that is here"))
+    if resolved.device == "cpu":
+        seen = cuda_devices()
+        why = f"runtime.device is cpu; cuda would use one of {seen}" if seen else "PyTorch sees no CUDA device here"
+        found.append(("CUDA", why))
     found += [("a CUDA graph", note) for note in pipeline.runners.device.notes]
     if resolved.dtype == "float32":
         found.append(("bfloat16", "float32 is the only type that is implemented"))

@@ -109,6 +109,11 @@ def device_for(name: str) -> Device:
     raise RuntimeError(f"unknown device {name!r}: one of cpu, cuda, cuda:N")
 
 
+def cuda_devices() -> int:
+    """How many CUDA devices torch sees."""
+    return torch.cuda.device_count()
+
+
 def available_bytes() -> int:
     """Memory that this process may still take: the machine's, or its control group's."""
     found = []

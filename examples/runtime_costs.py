@@ -16,12 +16,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from mmpipe import Pipeline
+from mmpipe import MediaError, Pipeline, Sample, media
 from mmpipe.encoders import load as load_encoder
+from mmpipe.explain.collect import made_up
 from mmpipe.graphs import memory
 from mmpipe.graphs.backends import lower
 from mmpipe.graphs.check import check
@@ -79,22 +81,25 @@ def bare(pipeline: Pipeline, plan: Plan, buckets: int, threads: int) -> Callable
     return run
 
 
-def encoders(pipeline: Pipeline, rows: int, threads: int) -> Callable[[], None]:
-    """What a script does: each encoder's own module, one after the other."""
-    made = []
-    for modality, settings in pipeline.config.encoders.items():
-        encoder = load_encoder(
-            settings.model, modality, weights=settings.weights, max_tokens=settings.max_tokens,
-            max_seconds=settings.max_seconds, options=settings.options, base=pipeline.config.source.folder,
-        )  # fmt: skip
-        inputs = {v.name.partition(".")[2]: torch.stack([plausible(v)] * rows) for v in pipeline.plan.values
-                  if v.name.startswith(f"{modality}.")}  # fmt: skip
-        made.append((encoder.module.eval(), inputs))
+def one_by_one(pipeline: Pipeline, samples: Sequence[Sample], rows: int) -> Callable[[], None]:
+    """What a script does: decode, prepare, and call each encoder's own module, one after the other."""
+    made = {}
+    for modality, its in pipeline.config.encoders.items():
+        limits = {"max_tokens": its.max_tokens, "max_seconds": its.max_seconds, "options": its.options}
+        base = pipeline.config.source.folder
+        made[modality] = load_encoder(its.model, modality, weights=its.weights, base=base, **limits)
 
     def run() -> None:
-        with threads_of(threads):
-            for module, inputs in made:
-                module(**inputs)
+        with torch.inference_mode():
+            for modality, encoder in made.items():
+                prepared = []
+                for sample in samples:
+                    if modality in sample.media:
+                        with contextlib.suppress(MediaError):  # the demo has two broken files
+                            prepared.append(encoder.prepare(media.load(modality, sample.media[modality])))
+                for start in range(0, len(prepared), rows):
+                    bucket = prepared[start : start + rows]
+                    encoder.module(**{name: torch.stack([row[name] for row in bucket]) for name in bucket[0]})
 
     return run
 
@@ -156,36 +161,38 @@ def orchestration(pipeline: Pipeline, plan: Plan, threads: int, buckets: int, co
     print(f"  orchestration: {over}, {a_segment}; {count} pairs of {buckets} buckets")
 
 
-def schedules(pipeline: Pipeline, rows: int, count: int) -> None:
-    made = pipeline.runners.cut
-    cores = torch.get_num_threads()
-    runs: dict[str, Callable[[], None]] = {"encoders one by one": encoders(pipeline, rows, cores)}
+def schedules(pipeline: Pipeline, samples: Sequence[Sample], rows: int, count: int) -> None:
+    """The same samples by each schedule, exits as configured: in batches, or one call after the other."""
+    runs: dict[str, Callable[[], None]] = {"encoders one by one": one_by_one(pipeline, samples, rows)}
     with contextlib.ExitStack() as stack:
         for name in ("cascade", "parallel", "auto"):
-            config = pipeline.config.model_copy(
-                update={"runtime": pipeline.config.runtime.model_copy(update={"schedule": name, "batch_size": "auto"})}
-            )
-            chosen = resolve(config, made, pipeline.runners.device, rows=rows, measure=pipeline.runners._measured)
-            runner = stack.enter_context(
-                contextlib.closing(executor(pipeline, placed(made.plan, chosen), chosen.threads))
-            )
-            runs[name] = whole(runner, 1)
-            if name == "auto":
-                print(f"  auto is {chosen.schedule}: {chosen.reasons['schedule']}")
+            runtime = pipeline.config.runtime.model_copy(update={"schedule": name})
+            made = stack.enter_context(Pipeline(pipeline.config.model_copy(update={"runtime": runtime})))
+            runs[name] = calls(made, samples) if rows == 1 else partial(made.predict, samples)
+            runs[name]()
+            runs[name]()  # the second time, single calls know how samples leave
+            chosen = made.runners.resolved("call" if rows == 1 else "batch")
+            how = f"streams {chosen.streams}, lanes {chosen.lanes}, threads {chosen.threads}"
+            print(f"    {name}: {chosen.schedule}, {how}: {chosen.reasons['schedule']}")
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for run in runs.values():
-            run()
         for number in range(count):
-            order = list(runs) if number % 2 == 0 else list(reversed(runs))
-            for name in order:
+            for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
                 began = time.perf_counter()
                 runs[name]()
                 times[name].append(time.perf_counter() - began)
-    best = min((name for name in ("cascade", "parallel")), key=lambda name: statistics.median(times[name]))
+    best = min(("cascade", "parallel"), key=lambda name: statistics.median(times[name]))
     for name, values in times.items():
-        print(f"    {name:<20} {statistics.median(values) * 1e3:9.2f} ms  {min(values) * 1e3:9.2f} at best")
+        print(f"    {name:<20} {statistics.median(values) * 1e3 / len(samples):9.2f} ms a sample")
     print(f"  auto ÷ the better schedule ({best}): {ratio(list(zip(times['auto'], times[best], strict=True)))}")
     print(f"  auto ÷ encoders one by one: {ratio(list(zip(times['auto'], times['encoders one by one'], strict=True)))}")
+
+
+def calls(pipeline: Pipeline, samples: Sequence[Sample]) -> Callable[[], None]:
+    def run() -> None:
+        for sample in samples:
+            pipeline(**sample.media)
+
+    return run
 
 
 def observers(pipeline: Pipeline, plan: Plan, threads: int, buckets: int, count: int) -> None:
@@ -218,16 +225,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32], help="buckets to measure")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--buckets", type=int, default=2, help="full buckets a run")
+    parser.add_argument("--samples", type=int, default=64, help="for the schedules")
     parser.add_argument("--batches", type=int, default=2000, help="for flat memory; 0 leaves it out")
     options = parser.parse_args()
     with Pipeline.load(options.config, say=print) as pipeline:
+        given = pipeline.config.input.folder is not None
+        samples = list(pipeline.find().samples)[: options.samples] if given else made_up(pipeline, options.samples)
         for rows in options.rows:
             print(f"{options.config}, {rows} rows a bucket, {torch.get_num_threads()} threads")
-            chosen = resolve(pipeline.config, pipeline.runners.cut, pipeline.runners.device, rows=rows)
+            runtime = pipeline.config.runtime.model_copy(update={"batch_size": rows})
+            config = pipeline.config.model_copy(update={"runtime": runtime})
+            chosen = resolve(config, pipeline.runners.cut, pipeline.runners.device)
             plan = placed(pipeline.runners.cut.plan, chosen)
             proofs(pipeline, plan)
             orchestration(pipeline, plan, chosen.threads, options.buckets, options.pairs)
-            schedules(pipeline, rows, options.pairs)
+            print(f"  schedules, {options.samples} samples" + (", one call each" if rows == 1 else ""))
+            schedules(pipeline, samples, rows, options.pairs)
             observers(pipeline, plan, chosen.threads, options.buckets, options.pairs)
         if options.batches:
             flat(pipeline, plan, chosen.threads, options.batches)

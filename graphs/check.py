@@ -16,7 +16,7 @@ seen the ends of the run that read them (`mmpipe.runtime.pool` keeps that accoun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from mmpipe.graphs.memory import ALIGNMENT, conflicts
@@ -29,7 +29,7 @@ def check(plan: Plan) -> None:
     written: set[str] = set()
     covered: set[int] = set()
     for stage_plan in plan.stage_plans:
-        check_stage(stage_plan, written)
+        check_stage(stage_plan, written, own_streams=plan.own_streams)
         written |= {name for step in stage_plan.steps for name in step.writes}
         covered |= set(stage_plan.stages)
     lost = set(range(plan.stages)) - covered
@@ -41,8 +41,9 @@ def check(plan: Plan) -> None:
                 raise PlanError(f"{stage_plan.name}: segment {segment.name} has no step")
 
 
-def check_stage(plan: StagePlan, written_before: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Prove one stage plan. `written_before`: buffers that earlier stages have written."""
+def check_stage(plan: StagePlan, written_before: Set[str] = frozenset(), *, own_streams: bool = False) -> None:
+    """Prove one stage plan. `written_before`: buffers that earlier stages have written. `own_streams`: a lane's streams
+    are its own."""
     _names(plan)
     _events(plan)
     earlier = before(plan.steps)
@@ -50,7 +51,7 @@ def check_stage(plan: StagePlan, written_before: set[str] = frozenset()) -> None
     _races(plan, earlier)
     _bytes(plan)
     _ends(plan, earlier)
-    _runs(plan)
+    _runs(plan, own_streams)
 
 
 def _fail(plan: StagePlan, text: str) -> None:
@@ -89,7 +90,7 @@ def _events(plan: StagePlan) -> None:
             _fail(plan, f"the host waits for {name}, which records no event")
 
 
-def _reads(plan: StagePlan, earlier: Sequence[int], written_before: set[str]) -> None:
+def _reads(plan: StagePlan, earlier: Sequence[int], written_before: Set[str]) -> None:
     home = {buffer.name: buffer.home for buffer in plan.buffers}
     used = accesses(plan.steps)
     for index, step in enumerate(plan.steps):
@@ -143,22 +144,34 @@ def _ends(plan: StagePlan, earlier: Sequence[int]) -> None:
             _fail(plan, f"{step.name} may still run when the host has seen the ends ({', '.join(plan.ends)})")
 
 
-def _runs(plan: StagePlan) -> None:
-    """Two runs in two lanes on the same streams: what the first wrote into slots is there when the second reads."""
+def _runs(plan: StagePlan, own_streams: bool) -> None:
+    """Three runs in three lanes: what the first wrote into slots is there when the others read.
+
+    Three, because what holds from one run to the next, and over one between them, holds over any number.
+    """
     slots = {buffer.name for buffer in plan.buffers if buffer.home == "slots"}
     if not any(slots & {*step.reads} for step in plan.steps):
         return
-    twice = [
-        replace(step, name=f"{run} {step.name}", waits=tuple(f"{run} {name}" for name in step.waits))
-        for run in ("run 1", "run 2")
+    unrolled = [
+        replace(
+            step,
+            name=f"{run} {step.name}",
+            stream=f"{run} {step.stream}" if own_streams else step.stream,
+            waits=(
+                *(f"{run} {name}" for name in step.waits),
+                *((f"{run - 1} {step.name}",) if run and step.name in plan.follows else ()),
+            ),
+        )
+        for run in range(3)
         for step in plan.steps
     ]
-    earlier, count = before(twice), len(plan.steps)
+    earlier, count = before(unrolled), len(plan.steps)
     for write, writer in enumerate(plan.steps):
         for read, reader in enumerate(plan.steps):
             shared = slots & {*writer.writes} & {*reader.reads}
-            if shared and write != read and not earlier[count + read] >> write & 1:
-                _fail(
-                    plan,
-                    f"{reader.name} reads {min(shared)}, perhaps before {writer.name} of the run before has written",
-                )
+            if not shared or write == read:
+                continue
+            for later in (1, 2):
+                if not earlier[later * count + read] >> write & 1:
+                    text = f"perhaps before {writer.name} of the run before has written"
+                    _fail(plan, f"{reader.name} reads {min(shared)}, {text}")

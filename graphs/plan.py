@@ -155,7 +155,8 @@ class StagePlan:
     """What one run does: the segments of one stage, or of several where the schedule is parallel.
 
     `steps` are in the order of submission. When the events of `ends` are there, every step has ended, and the lane's
-    scratch may be used by another run. `rows` is the bucket: each segment's rows are padded to it.
+    scratch may be used by another run. `rows` is the bucket: each segment's rows are padded to it. `follows`: steps
+    that wait for the same step of the run before, because that may be on other streams.
     """
 
     stages: tuple[int, ...]
@@ -165,6 +166,7 @@ class StagePlan:
     buffers: tuple[Buffer, ...]
     scratch_bytes: int
     ends: tuple[str, ...]
+    follows: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -192,6 +194,7 @@ class Plan:
     stage_plans: tuple[StagePlan, ...] = ()
     lanes: int = 1  # runs in flight at once, each with scratch of its own
     slots: int = 0  # rows of the slots: samples that are live at once
+    own_streams: bool = False  # each lane has streams of its own; else all lanes share theirs
 
     @property
     def stages(self) -> int:
@@ -244,11 +247,13 @@ def from_json(text: str) -> Plan:
                 buffers=tuple(Buffer(**_tuples(b) | {"dtype": _dtype(b["dtype"])}) for b in s["buffers"]),
                 scratch_bytes=s["scratch_bytes"],
                 ends=tuple(s["ends"]),
+                follows=tuple(s["follows"]),
             )
             for s in data["stage_plans"]
         ),
         lanes=data["lanes"],
         slots=data["slots"],
+        own_streams=data["own_streams"],
     )
 
 

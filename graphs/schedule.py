@@ -17,14 +17,15 @@ from dataclasses import replace
 import torch
 
 from mmpipe.graphs import memory
-from mmpipe.graphs.check import check
+from mmpipe.graphs.check import check, check_stage
 from mmpipe.graphs.order import before, members
-from mmpipe.graphs.plan import HEAD, PRESENCE, Buffer, Plan, Segment, StagePlan, Step
+from mmpipe.graphs.plan import HEAD, PRESENCE, Buffer, Plan, PlanError, Segment, StagePlan, Step
 
 Layout = Callable[[Step], str]  # step → the stream that it is on
 
 LAYOUTS: dict[str, Layout] = {
     "one": lambda step: "main",
+    "lanes": lambda step: "main",  # one for each lane: buckets side by side, each computed by fewer threads
     "staged": lambda step: "main" if step.does == "run" else step.does,
     "branches": lambda step: step.branch if step.does == "run" else step.does,
     "parallel": lambda step: step.branch,  # a branch's own copies too: no branch waits for another's media
@@ -51,6 +52,7 @@ def place(
     slots = max(rows * lanes, rows if slots is None else slots)
     media = 3 * rows if media is None else media
     groups = [tuple(range(plan.stages))] if parallel else [(stage,) for stage in range(plan.stages)]
+    own = layout == "lanes"
     made = []
     for group in groups:
         segments = [segment for segment in plan.segments if segment.stage in group]
@@ -59,8 +61,11 @@ def place(
         steps, ends = _ends(steps)
         placed, size = memory.assign(steps, buffers)
         streams = tuple(dict.fromkeys(step.stream for step in steps))
-        made.append(StagePlan(group, rows, streams, tuple(steps), placed, size, ends))
-    scheduled = replace(plan, stage_plans=tuple(made), lanes=lanes, slots=slots)
+        follows = _follows(steps) if own else ()
+        steps = [replace(step, records=step.records or step.name in follows) for step in steps]
+        stage_plan = StagePlan(group, rows, streams, tuple(steps), placed, size, ends, follows)
+        made.append(_least_follows(stage_plan, {name for one in made for step in one.steps for name in step.writes}))
+    scheduled = replace(plan, stage_plans=tuple(made), lanes=lanes, slots=slots, own_streams=own)
     check(scheduled)
     return scheduled
 
@@ -180,6 +185,25 @@ def waits(steps: Sequence[Step]) -> list[Step]:
             used[name] = uses | 1 << index, writes | (1 << index if name in step.writes else 0)
         made.append(replace(step, waits=tuple(steps[other].name for other in direct)))
     return made
+
+
+def _follows(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Steps that scatter into slots which this stage plan gathers from: a gather comes after its own run's scatter,
+    and that one after those of all runs before."""
+    read = {name for step in steps for name in step.reads if name.startswith("slots/")}
+    return tuple(step.name for step in steps if read & {*step.writes})
+
+
+def _least_follows(plan: StagePlan, written: set[str]) -> StagePlan:
+    """Without those that the others imply."""
+    for name in plan.follows:
+        less = replace(plan, follows=tuple(other for other in plan.follows if other != name))
+        try:
+            check_stage(less, written, own_streams=True)
+        except PlanError:
+            continue
+        plan = less
+    return plan
 
 
 def _ends(steps: Sequence[Step]) -> tuple[list[Step], tuple[str, ...]]:

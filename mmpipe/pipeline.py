@@ -113,12 +113,11 @@ class Pipeline:
         """One sample. image, audio: a path, bytes, PIL image, array or tensor (sound: (samples, rate_hz)); text: the
         text itself, or a `Path` to a file.
 
-        Where the graph is large and `runtime.batch_size` is auto, this runs a plan of one row: another plan than
-        `predict`'s, which agrees with it within rounding.
+        It runs a plan of its own, of one row unless `runtime.batch_size` says otherwise; the first call measures how
+        one sample goes fastest. `predict`'s answers for the same sample agree within rounding.
         """
         sample = self._sample({"id": id, "image": image, "text": text, "audio": audio}, 0)
-        with self._lock:
-            return self.run([sample], kind=self.runners.kind_of_call())[0][0]
+        return self.run([sample], kind="call")[0][0]
 
     def predict(self, samples: Iterable[Sample | Mapping[str, Any]]) -> list[Prediction]:
         """List in, list out, in order. A sample is a `Sample` or a mapping with any of image, text, audio, id.

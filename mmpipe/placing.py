@@ -14,7 +14,7 @@ from typing import Any
 from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
-from mmpipe.graphs.plan import HEAD, Plan
+from mmpipe.graphs.plan import Plan
 from mmpipe.graphs.schedule import place
 from mmpipe.runtime.device import Device, device_for
 from mmpipe.runtime.pool import PoolSizes
@@ -22,11 +22,12 @@ from mmpipe.runtime.pool import PoolSizes
 _ROWS = 32  # of a bucket, where memory allows
 _SMALLER = (32, 16, 8, 4, 1)
 _LANES = 2  # one run computes while the next one's media are copied in
+_MOST_LANES = 8  # where each has a core
+_SLOTS = 64  # how finely slots are counted
 # CPU libraries treat the last rows of other batches apart: a row's last bit would depend on its place
 _ROWS_MULTIPLE = 4
 # Operations on few numbers end before a second thread has begun; on a busy machine waiting for it costs 40 times more.
 _NUMBERS_FOR_THREADS = 5_000_000
-_SIDE_BY_SIDE = 8  # from this many rows on, one branch's products fill the cores: others beside it only take turns
 _SHARE = 0.8  # of the memory that is available
 _DECODING = 1 << 30  # bytes at most for media while they are decoded; less where memory_limit is small
 
@@ -53,12 +54,6 @@ class Resolved:
     reasons: Mapping[str, str]
     measured: Mapping[str, float] = field(default_factory=dict)  # "parallel" → seconds a bucket, where it was measured
 
-    @property
-    def call_rows(self) -> int:
-        """Rows of the bucket for one sample alone: computing a whole batch for it would be felt in a large graph."""
-        large = self.memory["weights"] >= 4 * _NUMBERS_FOR_THREADS
-        return 1 if large and not self.reasons["batch_size"].startswith("configured") else self.batch_size
-
 
 def device_of(config: Config) -> Device:
     """The device that the configuration asks for. ConfigError where this machine has none such."""
@@ -70,12 +65,10 @@ def device_of(config: Config) -> Device:
         raise config.error("runtime.device", str(error).splitlines()[0], hint) from error
 
 
-def resolve(
-    config: Config, made: Cut, device: Device, *, rows: int | None = None, measure: Measure | None = None
-) -> Resolved:
-    """Decide what the configuration leaves open. `rows`: another bucket than the configuration's, for single calls.
+def resolve(config: Config, made: Cut, device: Device, *, measure: Measure | None = None) -> Resolved:
+    """Decide what the configuration leaves open, for batches; with `measure`, which times a plan, for single calls.
 
-    `measure` times a plan where only a measurement can tell. Raises ConfigError where nothing fits memory_limit.
+    Raises ConfigError where nothing fits memory_limit.
     """
     runtime = config.runtime
     reasons: dict[str, str] = {}
@@ -85,52 +78,94 @@ def resolve(
         reasons[key] = reason if given == "auto" else "configured"
         return value if given == "auto" else given
 
-    fixed = {
-        "device": decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
-        "dtype": decided("dtype", "float32", "the only type that is implemented"),
-        "backend": decided("backend", "eager", "the only backend that is implemented"),
-        "cache": decided("cache", "off", "no cache is implemented"),
-    }
     available = device.memory_bytes()
-    limit = decided(
-        "memory_limit", int(available * _SHARE), f"{_SHARE:.0%} of the {shown(available)} that are available"
-    )
+    of_that = f"{_SHARE:.0%} of the {shown(available)} that are available"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     weights = cost.weight_bytes(list(made.modules.values()))
-    small = weights < 4 * _NUMBERS_FOR_THREADS
-    fits = _Fits(config, made, weights, int(limit))
-    wanted = rows or decided("batch_size", _ROWS, "rows of the one bucket of every segment")
-    if wanted > 1 and wanted % _ROWS_MULTIPLE:
-        wanted += -wanted % _ROWS_MULTIPLE
-        reasons["batch_size"] = f"configured as {runtime.batch_size}; rounded up to a multiple of {_ROWS_MULTIPLE}"
-    if rows is not None:
-        reasons["batch_size"] = "one sample alone"
-    may_shrink = runtime.batch_size == "auto" and rows is None
-    size, lanes, slots = fits.largest([n for n in _SMALLER if n <= wanted] if may_shrink else [wanted])
-    if measure is not None:  # a call has one sample
-        slots = size * lanes
-    if size < wanted:
-        reasons["batch_size"] = f"{wanted} rows do not fit runtime.memory_limit ({shown(int(limit))})"
-    two = "one run is staged while another computes"
-    reasons["lanes"] = two if lanes > 1 else "a second lane does not fit runtime.memory_limit"
-    threads = 1 if small else cores
-    reasons["threads"] = f"{cores} cores" if threads > 1 else f"{weights // 4:,} numbers: too few for threads to pay"
-    reasons["decode_workers"] = f"{cores} cores"
     base = Resolved(
-        **fixed,
+        device=decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
+        dtype=decided("dtype", "float32", "the only type that is implemented"),
+        backend=decided("backend", "eager", "the only backend that is implemented"),
+        cache=decided("cache", "off", "no cache is implemented"),
+        memory_limit=int(decided("memory_limit", int(available * _SHARE), of_that)),
+        batch_size=decided("batch_size", _ROWS if measure is None else 1, "rows of the one bucket of every segment"),
         schedule="cascade",
         streams="one" if device.kind == "cpu" else "staged",
-        batch_size=size,
-        lanes=lanes,
-        slots=slots,
-        threads=threads,
+        lanes=_LANES,
+        slots=0,
+        threads=cores,
         decode_workers=cores,
-        memory_limit=int(limit),
         memory={},
         reasons=reasons,
     )
-    chosen = _schedule(config, made, base, cores, small, measure)
-    return replace(chosen, memory=fits.needs(placed(made.plan, chosen)))
+    reasons["decode_workers"] = f"{cores} cores"
+    if base.batch_size > 1 and base.batch_size % _ROWS_MULTIPLE:
+        base = replace(base, batch_size=base.batch_size + -base.batch_size % _ROWS_MULTIPLE)
+        reasons["batch_size"] = f"configured as {runtime.batch_size}; rounded up to a multiple of {_ROWS_MULTIPLE}"
+    small = weights < 4 * _NUMBERS_FOR_THREADS and device.kind == "cpu"
+    fits = _Fits(config, made, weights)
+    if measure is None:
+        return fits.largest(_for_batches(base, made, runtime.schedule, small, cores), runtime.batch_size == "auto")
+    if runtime.batch_size == "auto":
+        reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
+    ways = [fits.largest(way, shrink=False) for way in _for_calls(base, made, runtime.schedule, small, cores)]
+    return _fastest(ways, made, measure)
+
+
+def _for_batches(base: Resolved, made: Cut, schedule: str, small: bool, cores: int) -> Resolved:
+    """Throughput, by rules: nobody waits for a measurement before the first batch."""
+    branches, reasons = len(made.plan.branches), dict(base.reasons)
+    reasons["lanes"] = "one run is staged while another computes"
+    reasons["threads"] = f"{cores} cores"
+    reasons["schedule"] = "configured" if schedule == "cascade" else "a cascade computes only what is needed"
+    if schedule == "parallel":
+        return _side_by_side(replace(base, reasons=reasons | {"schedule": "configured"}), branches, small, cores)
+    if base.streams == "staged":
+        reasons["streams"] = "copies in and out on streams of their own, so that they overlap with computing"
+    elif small and cores > 1:
+        base = replace(base, streams="lanes", lanes=min(cores, _MOST_LANES), threads=1)
+        reasons["lanes"] = f"{cores} cores, one for each"
+        reasons["streams"] = "one for each lane: buckets side by side gain more than threads within a small segment"
+        reasons["threads"] = "small segments: one each, and a lane for every core"
+    else:
+        reasons["streams"] = "one: a segment fills the cores by itself"
+    return replace(base, reasons=reasons)
+
+
+def _for_calls(base: Resolved, made: Cut, schedule: str, small: bool, cores: int) -> list[Resolved]:
+    """Latency: the ways in which one sample could go fastest."""
+    branches, ways = len(made.plan.branches), []
+    base = replace(base, lanes=1, reasons=dict(base.reasons) | {"lanes": "a call is one run"})
+    if schedule != "parallel":
+        why = {"streams": base.streams, "schedule": "configured" if schedule == "cascade" else ""}
+        for threads in (cores, 1) if small and cores > 1 else (cores,):
+            reasons = {**base.reasons, **why, "threads": f"{threads} of {cores} cores"}
+            ways.append(replace(base, threads=threads, reasons=reasons))
+    if schedule == "parallel" or (schedule == "auto" and branches > 1):
+        reasons = {**base.reasons, "schedule": "configured" if schedule == "parallel" else ""}
+        ways.append(_side_by_side(replace(base, reasons=reasons), branches, small, cores))
+    return ways
+
+
+def _side_by_side(base: Resolved, branches: int, small: bool, cores: int) -> Resolved:
+    """The parallel schedule: a stream for each branch, and the cores shared among them."""
+    threads = 1 if small else max(1, cores // max(1, branches))
+    streams = "one for each branch: the schedule is parallel"
+    reasons = {**base.reasons, "streams": streams, "threads": f"{cores} cores for {branches} branches"}
+    return replace(base, schedule="parallel", streams="parallel", threads=threads, reasons=reasons)
+
+
+def _fastest(ways: Sequence[Resolved], made: Cut, measure: Measure) -> Resolved:
+    """The way that was measured to be fastest, where there is more than one."""
+    if len(ways) == 1:
+        return ways[0]
+    seconds = {f"{one.schedule}, threads {one.threads}": measure(placed(made.plan, one), one.threads) for one in ways}
+    best = min(zip(seconds.values(), range(len(ways)), strict=True))[1]
+    told = "measured: " + "; ".join(f"{name}: {value * 1e3:.1f} ms" for name, value in seconds.items())
+    chosen, reasons = ways[best], dict(ways[best].reasons)
+    for key in ("schedule", "streams", "threads"):
+        reasons[key] = reasons[key] if reasons[key] == "configured" else told
+    return replace(chosen, reasons=reasons, measured=seconds)
 
 
 def placed(plan: Plan, resolved: Resolved) -> Plan:
@@ -145,59 +180,15 @@ def placed(plan: Plan, resolved: Resolved) -> Plan:
     )
 
 
-def _schedule(config: Config, made: Cut, base: Resolved, cores: int, small: bool, measure: Measure | None) -> Resolved:
-    """cascade or parallel, on one stream or one for each branch. Measured where only a measurement can tell."""
-    given, rows = config.runtime.schedule, base.batch_size
-    reasons = dict(base.reasons)
-    encoders = [branch.name for branch in made.plan.branches]
-    side_by_side = replace(
-        base,
-        schedule="parallel",
-        streams="parallel",
-        threads=1 if small else max(1, cores // max(1, len(encoders))),
-    )
-    if given == "parallel":
-        reasons |= {"schedule": "configured", "streams": "one for each branch: the schedule is parallel"}
-        reasons["threads"] = f"{cores} cores for {len(encoders)} branches"
-        return replace(side_by_side, reasons=reasons)
-    most = max(len([s for s in made.plan.stage(stage) if s.branch != HEAD]) for stage in range(made.plan.stages))
-    reasons["streams"] = "one: side by side is not faster where one segment fills the cores"
-    if base.streams == "staged":
-        reasons["streams"] = "copies in and out on streams of their own, so that they overlap with computing"
-    elif most < 2:
-        reasons["streams"] = "one: no stage has two encoders"
-    elif small and cores > 1:
-        base = replace(base, streams="branches")
-        reasons["streams"] = f"one for each branch: a segment has one thread, and there are {cores} cores"
-    if given == "cascade":
-        reasons["schedule"] = "configured"
-    elif len(encoders) < 2:
-        reasons["schedule"] = "one encoder: nothing to run beside it"
-    elif measure is None and small:
-        reasons["schedule"] = "small encoders: what an exit saves is worth more than what branches side by side gain"
-    elif measure is None and rows >= _SIDE_BY_SIDE:
-        reasons["schedule"] = f"buckets of {rows} rows: a cascade computes only what is needed, and fills the cores"
-    elif measure is None:
-        reasons["schedule"] = "nothing was measured"
-    else:
-        seconds = {one.schedule: measure(placed(made.plan, one), one.threads) for one in (base, side_by_side)}
-        text = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items())
-        reasons["schedule"] = f"measured for {rows} {'row' if rows == 1 else 'rows'}: {text}"
-        if seconds["parallel"] < seconds["cascade"]:
-            reasons["streams"] = "one for each branch: measured to be faster"
-            reasons["threads"] = f"{cores} cores for {len(encoders)} branches"
-            return replace(side_by_side, reasons=reasons, measured=seconds)
-        return replace(base, reasons=reasons, measured=seconds)
-    return replace(base, reasons=reasons)
-
-
 class _Fits:
     """What a plan takes of memory, and the largest that `memory_limit` allows."""
 
-    def __init__(self, config: Config, made: Cut, weights: int, limit: int) -> None:
-        self.config, self.made, self.weights, self.limit = config, made, weights, limit
+    def __init__(self, config: Config, made: Cut, weights: int) -> None:
+        self.config, self.made, self.weights = config, made, weights
 
-    def needs(self, plan: Plan) -> dict[str, int]:
+    def needs(self, resolved: Resolved) -> dict[str, int]:
+        """Bytes by what they are for."""
+        plan = placed(self.made.plan, resolved)
         sizes = PoolSizes(plan)
         streams: dict[str, int] = {}
         for stage_plan in plan.stage_plans:
@@ -211,35 +202,37 @@ class _Fits:
             "media": sizes.media,
             "scratch": sizes.lanes * sizes.scratch,
             "host": sizes.lanes * sizes.host,
-            "workspaces": sum(streams.values()),
-            "decoding": decoding_bytes(self.limit),
+            "workspaces": sum(streams.values()) * (plan.lanes if plan.own_streams else 1),
+            "decoding": decoding_bytes(resolved.memory_limit),
         }
 
-    def largest(self, rows: Sequence[int]) -> tuple[int, int, int]:
-        """(rows, lanes, slots): the most rows that fit, then lanes, then slots up to a shard's samples."""
-        parallel = self.config.runtime.schedule == "parallel"
-        shard = self.config.output.shard_rows
-        least: dict[str, int] = {}
-        for count in rows:
-            for lanes in (_LANES, 1):
-
-                def total(slots: int, count: int = count, lanes: int = lanes) -> int:
-                    layout = "parallel" if parallel else "one"
-                    plan = place(self.made.plan, rows=count, layout=layout, lanes=lanes, slots=slots, parallel=parallel)
-                    least.clear()
-                    least.update(self.needs(plan))
-                    return sum(least.values())
-
+    def largest(self, wanted: Resolved, shrink: bool) -> Resolved:
+        """`wanted` with the most rows that fit (where they may be fewer), then lanes, then slots up to a shard's."""
+        rows = [count for count in (wanted.batch_size, *_SMALLER) if count <= wanted.batch_size]
+        shard, least, reasons = self.config.output.shard_rows, {"": 0}, dict(wanted.reasons)
+        limit = wanted.memory_limit
+        for count in dict.fromkeys(rows if shrink else rows[:1]):
+            for lanes in dict.fromkeys((wanted.lanes, 1)):
                 fewest = count * lanes
-                base, step = total(fewest), total(fewest + 64) - total(fewest)
-                if base <= self.limit:
-                    room = shard if step <= 0 else fewest + (self.limit - base) // step * 64
-                    return count, lanes, max(fewest, min(shard, room))
-        total(rows[-1])
+                tried = replace(wanted, batch_size=count, lanes=lanes, slots=fewest)
+                least = self.needs(tried)
+                if sum(least.values()) > limit:
+                    continue
+                more = self.needs(replace(tried, slots=fewest + _SLOTS))
+                step = sum(more.values()) - sum(least.values())
+                room = fewest + (limit - sum(least.values())) // step * _SLOTS if step > 0 else shard
+                slots = max(fewest, min(shard, room)) if wanted.lanes > 1 else fewest
+                if count < wanted.batch_size:
+                    reasons["batch_size"] = f"{wanted.batch_size} rows do not fit runtime.memory_limit ({shown(limit)})"
+                if lanes < wanted.lanes:
+                    reasons["lanes"] = "more do not fit runtime.memory_limit"
+                fitting = replace(tried, slots=slots, reasons=reasons)
+                return replace(fitting, memory=self.needs(fitting))
         parts = ", ".join(f"{name} {shown(value)}" for name, value in least.items())
         raise self.config.error(
             "runtime.memory_limit",
-            f"{shown(self.limit)} are not enough: {rows[-1]} {'row' if rows[-1] == 1 else 'rows'} a bucket need "
+            f"{shown(limit)} are not enough: {rows[-1] if shrink else rows[0]} "
+            f"{'row' if (rows[-1] if shrink else rows[0]) == 1 else 'rows'} a bucket need "
             f"{shown(sum(least.values()))} ({parts})",
             "give more, or a smaller runtime.batch_size, or smaller models",
         )

@@ -29,8 +29,6 @@ from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
 
 Kind = Literal["batch", "call"]
 
-_CALLS = 8  # single calls of a small pipeline, after which it is worth measuring how they go fastest
-
 
 class Runners:
     """Cut, plans and executors of a graph. Not safe for several threads: the pipeline's lock is."""
@@ -43,7 +41,6 @@ class Runners:
         self._resolved: dict[Kind, Resolved] = {}
         self._plans: dict[Kind, Plan] = {}
         self._executors: dict[Kind, tuple[bool, Executor]] = {}
-        self._calls = 0
         self._left: list[float] = []  # samples that each exit has answered so far
 
     @property
@@ -58,19 +55,9 @@ class Runners:
     def resolved(self, kind: Kind = "batch") -> Resolved:
         """What every `auto` became, for this kind of run; decided once."""
         if kind not in self._resolved:
-            if kind == "batch":
-                self._resolved[kind] = resolve(self.config, self.cut, self.device)
-            else:
-                rows = self.resolved().call_rows
-                self._resolved[kind] = resolve(self.config, self.cut, self.device, rows=rows, measure=self._measured)
+            measure = self._measured if kind == "call" else None
+            self._resolved[kind] = resolve(self.config, self.cut, self.device, measure=measure)
         return self._resolved[kind]
-
-    def kind_of_call(self) -> Kind:
-        """The plan of the next single call. A small pipeline's is that of batches until it is called often enough to
-        measure: the bucket and the threads are the same, so that no bit changes then."""
-        self._calls += 1
-        small = self.resolved().call_rows == self.resolved().batch_size
-        return "batch" if small and self._calls <= _CALLS else "call"
 
     def plan(self, kind: Kind = "batch") -> Plan:
         made = self.cut

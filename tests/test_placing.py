@@ -9,7 +9,7 @@ from support import shop
 from mmpipe import ConfigError, Pipeline
 from mmpipe.config import load
 from mmpipe.graphs.plan import from_json, to_json
-from mmpipe.placing import placed, resolve
+from mmpipe.placing import resolve
 from mmpipe.runtime.device import HostDevice
 
 EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
@@ -84,30 +84,54 @@ def test_less_memory_makes_smaller_buckets_and_the_same_answers(weights, tmp_pat
     assert len(sizes) > 1
 
 
-def test_auto_takes_what_was_measured_to_be_faster(pipeline, weights, monkeypatch):
-    """Only where a measurement can tell: a large graph, few rows, more than one encoder."""
-    monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)
+def timed(asked, **seconds):
+    """A measurement that knows what it will find: "parallel" and "cascade", or "cascade_1" for one thread."""
+
+    def measure(plan, threads):
+        name = "parallel" if plan.stage_plans[0].steps[0].stream == "image" else "cascade"
+        asked.append((name, threads, plan.stage_plans[0].rows))
+        return seconds.get(f"{name}_{threads}", seconds[name])
+
+    return measure
+
+
+def test_a_call_takes_what_was_measured_to_be_fastest(pipeline, weights, monkeypatch):
+    config, cut, host = configured(weights), pipeline.runners.cut, HostDevice()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     asked = []
+    fast = resolve(config, cut, host, measure=timed(asked, parallel=0.010, cascade=0.020))
+    assert (fast.schedule, fast.streams, fast.batch_size) == ("parallel", "parallel", 1)
+    assert "parallel, threads 1: 10.0 ms" in fast.reasons["schedule"]
+    assert "cascade, threads 4: 20.0 ms" in fast.reasons["schedule"]
+    assert set(asked) == {("cascade", 4, 1), ("cascade", 1, 1), ("parallel", 1, 1)}
+    slow = resolve(config, cut, host, measure=timed([], parallel=0.021, cascade=0.022, cascade_1=0.020))
+    assert (slow.schedule, slow.streams, slow.threads) == ("cascade", "one", 1)
+    monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)  # now it is a large graph
+    asked.clear()
+    resolve(config, cut, host, measure=timed(asked, parallel=0.021, cascade=0.020))
+    assert set(asked) == {("cascade", 4, 1), ("parallel", 1, 1)}
 
-    def measure(parallel, cascade):
-        def seconds(plan, threads):
-            asked.append((plan.stage_plans[0].stages, threads))
-            return parallel if len(plan.stage_plans) == 1 else cascade
 
-        return seconds
+def test_batches_wait_for_no_measurement(pipeline, weights, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    config, cut = configured(weights), pipeline.runners.cut
+    small = resolve(config, cut, HostDevice())
+    assert (small.schedule, small.streams, small.lanes, small.threads) == ("cascade", "lanes", 3, 1)
+    monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)
+    large = resolve(config, cut, HostDevice())
+    assert (large.schedule, large.streams, large.lanes, large.threads) == ("cascade", "one", 2, 3)
 
-    config = configured(weights)
-    fast = resolve(config, cut_of(pipeline), HostDevice(), rows=1, measure=measure(parallel=0.010, cascade=0.020))
-    assert (fast.schedule, fast.streams) == ("parallel", "parallel")
-    assert "parallel 10.0 ms" in fast.reasons["schedule"]
-    assert "cascade 20.0 ms" in fast.reasons["schedule"]
-    slow = resolve(config, cut_of(pipeline), HostDevice(), rows=1, measure=measure(parallel=0.021, cascade=0.020))
-    assert (slow.schedule, slow.streams) == ("cascade", "one")
-    assert {stages for stages, _ in asked} == {(0, 1, 2), (0,)}
-    assert (
-        resolve(config, cut_of(pipeline), HostDevice()).schedule == "cascade"
-    )  # batches are never made to wait for a measurement
-    assert placed(cut_of(pipeline).plan, fast).stage_plans[0].rows == 1
+
+def test_a_single_call_is_a_row_of_its_own_and_agrees(weights, tmp_path):
+    pipeline = Pipeline.load({**shop.config(weights, EXITS), "runtime": {}})
+    samples = list(pipeline.find(shop.media(tmp_path, 12)).samples)
+    for sample, want in zip(samples, pipeline.predict(samples), strict=True):
+        got = pipeline(**sample.media)
+        assert (got.label, got.answered_by, got.used) == (want.label, want.answered_by, want.used)
+        assert got.confidence == pytest.approx(want.confidence, abs=1e-5)
+    assert pipeline.runners.plan("call").stage_plans[0].rows == 1
+    assert pipeline.runners.plan("batch").stage_plans[0].rows == 32
+    pipeline.close()
 
 
 @pytest.mark.parametrize("schedule", ["cascade", "parallel"])

@@ -198,9 +198,9 @@ def _autos(pipeline: Pipeline) -> list[dict[str, Any]]:
     for key, why in pipeline.resolved.reasons.items():
         value = shown(values[key]) if key == "memory_limit" else values[key]
         lines.append({"key": f"runtime.{key}" if key in _CONFIGURED else key, "value": str(value), "why": why})
-    if pipeline.resolved.call_rows != pipeline.resolved.batch_size:
-        why = "a whole bucket for one sample would be felt; measured for cascade or parallel at the first call"
-        lines.append({"key": "rows of a single call", "value": str(pipeline.resolved.call_rows), "why": why})
+    call = pipeline.runners.resolved("call")
+    for key in ("batch_size", "schedule", "streams", "threads"):
+        lines.append({"key": f"{key} of a single call", "value": str(vars(call)[key]), "why": call.reasons[key]})
     return lines
 
 

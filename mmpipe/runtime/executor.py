@@ -28,7 +28,7 @@ from mmpipe.runtime.device import Device, HostDevice
 from mmpipe.runtime.lanes import Lane, Rows, Watch, Work
 from mmpipe.runtime.ledger import Gate, Ledger, Look, Outcome
 from mmpipe.runtime.pool import MediaRows, Pool, SlotRows
-from mmpipe.runtime.streams import StepFailed, Stream, StreamClosed
+from mmpipe.runtime.streams import Event, StepFailed, Stream, StreamClosed
 
 Answered = Callable[[int], None]
 
@@ -61,15 +61,18 @@ class Executor:
         self.pool = Pool(plan, self.device)
         self.watches = dict(watches or {})
         names = dict.fromkeys(name for stage_plan in plan.stage_plans for name in stage_plan.streams)
-        self.streams: dict[str, Stream] = {
-            name: self.device.stream(name, 1 if name in ("in", "out") else threads) for name in names
-        }
-        self._end = weakref.finalize(self, _close, list(self.streams.values()))
+        sets = plan.lanes if plan.own_streams else 1
+        streams: list[dict[str, Stream]] = [
+            {name: self.device.stream(name, 1 if name in ("in", "out") else threads) for name in names}
+            for _ in range(sets)
+        ]
+        self.streams = [stream for one in streams for stream in one.values()]
+        self._end = weakref.finalize(self, _close, self.streams)
         self.works = [
             [Work(plan, stage_plan, lane, self.pool, lowered, self.watches) for lane in range(plan.lanes)]
             for stage_plan in plan.stage_plans
         ]
-        self.lanes = [Lane(number, self.streams) for number in range(plan.lanes)]
+        self.lanes = [Lane(number, streams[number % sets]) for number in range(plan.lanes)]
         self.media = {
             branch.name: self.pool.media(branch.inputs)
             for branch in plan.branches
@@ -101,7 +104,7 @@ class Executor:
         """However a run ended: nothing of it works on the pool any more, and every row of media is free."""
         for lane in self.lanes:
             lane.drop()
-        for stream in self.streams.values():
+        for stream in self.streams:
             stream.synchronize()
 
     def close(self) -> None:
@@ -129,6 +132,7 @@ class _Running:
         self.flying: deque[Lane] = deque()
         self.sources: list[Iterator[tuple[int, int]]] = []
         self.serial = 0
+        self.events_before: Mapping[str, Event] = {}  # of the run begun last, within this stage
 
     def close(self) -> None:
         for source in self.sources:
@@ -175,10 +179,12 @@ class _Running:
         """Finish every run in flight, the oldest first."""
         while self.flying:
             self.finish(self.flying.popleft())
+        self.events_before = {}
 
     def begin(self, lane: Lane, stage_plan: int) -> Work:
         work = self.executor.works[stage_plan][lane.number]
-        lane.begin(work, self.serial)
+        lane.begin(work, self.serial, self.events_before)
+        self.events_before = lane.events
         self.serial += 1
         return work
 

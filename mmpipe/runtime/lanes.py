@@ -169,12 +169,14 @@ class Lane:
         self.work: Work | None = None
         self.rows: dict[str, Rows] = {}
         self.events: dict[str, Event] = {}
+        self.before: Mapping[str, Event] = {}
         self.serial = 0
 
-    def begin(self, work: Work, serial: int) -> None:
+    def begin(self, work: Work, serial: int, before: Mapping[str, Event]) -> None:
+        """`before`: the events of the run before this one, where it was of the same stage plan."""
         assert self.run is None, "a lane has one run at a time"
         self.work, self.run, self.serial = work, Run(self.number), serial
-        self.rows, self.events = {}, {}
+        self.rows, self.events, self.before = {}, {}, before
 
     def submit(self, step: Step, rows: Rows | None) -> None:
         """Put one step on its stream; `rows` None: its segment has nothing to do in this run."""
@@ -183,6 +185,8 @@ class Lane:
         stream = self.streams[step.stream]
         for name in step.waits:
             stream.wait(self.events[name])
+        if step.name in self.work.stage_plan.follows and step.name in self.before:
+            stream.wait(self.before[step.name])
         if rows is not None:
             self.rows[step.segment] = rows
             stream.submit(self.work.steps[step.name], self.run, step.name)

@@ -310,6 +310,20 @@ def test_two_names_that_are_one_and_a_buffer_outside_scratch():
         check_stage(with_step(made, "image@0", stream="moon"))
 
 
+def test_lanes_with_streams_of_their_own_follow_one_another():
+    """Without it, a gather could come before the scatter of the run before, which is on other streams."""
+    plan = place(cut(fused(PARTS, [ExitSpec("image", ("image",))])).plan, rows=8, layout="lanes", lanes=3)
+    assert plan.own_streams
+    assert plan.stage_plans[0].follows == ("out:image@0",)
+    assert plan.stage_plans[1].follows == ("out:audio@1",)  # text's comes before it, on the same stream
+    for number, stage_plan in enumerate(plan.stage_plans):
+        for step in stage_plan.follows:
+            less = replace(stage_plan, follows=tuple(name for name in stage_plan.follows if name != step))
+            broken = (*plan.stage_plans[:number], less, *plan.stage_plans[number + 1 :])
+            with pytest.raises(PlanError, match="of the run before has written"):
+                check(replace(plan, stage_plans=broken))
+
+
 def test_the_run_before_is_covered_too():
     """What one run scatters into slots, a later run in another lane gathers: the order must hold between runs."""
     reads = Step("in:b", "in", "b", 0, "b", "x", ("slots/v",), ("b/in/v",))

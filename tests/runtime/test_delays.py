@@ -35,6 +35,7 @@ PLACES = [
     {"layout": layout, "lanes": lanes, "parallel": parallel, "slots": slots}
     for layout, parallel in [
         ("one", False),
+        ("lanes", False),
         ("staged", False),
         ("branches", False),
         ("parallel", True),

@@ -25,6 +25,7 @@ Layout = Callable[[Step], str]  # step → the stream that it is on
 
 LAYOUTS: dict[str, Layout] = {
     "one": lambda step: "main",
+    "caller": lambda step: "caller",  # one, and no thread of its own: the caller's
     "lanes": lambda step: "main",  # one for each lane: buckets side by side, each computed by fewer threads
     "staged": lambda step: "main" if step.does == "run" else step.does,
     "branches": lambda step: step.branch if step.does == "run" else step.does,

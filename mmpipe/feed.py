@@ -15,7 +15,7 @@ from torch import Tensor
 from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.plan import Plan
-from mmpipe.media import Ahead, Limits, estimate_bytes
+from mmpipe.media import Ahead, Here, Limits, estimate_bytes
 from mmpipe.media import load as load_medium
 from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
@@ -31,7 +31,7 @@ class Feed:
         preparations: Mapping[str, Preparation],
         plan: Plan,
         limits: Limits,
-        ahead: Ahead,
+        ahead: Ahead | Here,
     ) -> None:
         self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
         self.values = {value.name: value for value in plan.values}

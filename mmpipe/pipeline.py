@@ -243,8 +243,9 @@ class Pipeline:
             ).reshape(len(samples), len(columns))
             workers = self.resolved.decode_workers
             bucket = executor.plan.stage_plans[0].rows
-            ahead = media.Ahead(workers, decoding_bytes(self.resolved.memory_limit), items_ahead=bucket)
-            with ahead:
+            room = decoding_bytes(self.resolved.memory_limit)
+            alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
+            with media.Here() if alone else media.Ahead(workers, room, items_ahead=bucket) as ahead:
                 feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
                 self.runners.observers.ids = [sample.id for sample in samples]
                 outcome = executor.run(present_NM, feed, answered=answered)

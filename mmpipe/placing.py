@@ -137,10 +137,14 @@ def _for_calls(base: Resolved, made: Cut, schedule: str, small: bool, cores: int
     branches, ways = len(made.plan.branches), []
     base = replace(base, lanes=1, reasons=dict(base.reasons) | {"lanes": "a call is one run"})
     if schedule != "parallel":
-        why = {"streams": base.streams, "schedule": "configured" if schedule == "cascade" else ""}
+        streams = "caller" if base.streams == "one" else base.streams
+        why = {
+            "streams": "the caller's own thread: nothing to run beside it",
+            "schedule": "configured" if schedule == "cascade" else "",
+        }
         for threads in (cores, 1) if small and cores > 1 else (cores,):
             reasons = {**base.reasons, **why, "threads": f"{threads} of {cores} cores"}
-            ways.append(replace(base, threads=threads, reasons=reasons))
+            ways.append(replace(base, streams=streams, threads=threads, reasons=reasons))
     if schedule == "parallel" or (schedule == "auto" and branches > 1):
         reasons = {**base.reasons, "schedule": "configured" if schedule == "parallel" else ""}
         ways.append(_side_by_side(replace(base, reasons=reasons), branches, small, cores))

@@ -11,6 +11,7 @@ from mmpipe.config import load
 from mmpipe.graphs.plan import from_json, to_json
 from mmpipe.placing import resolve
 from mmpipe.runtime.device import HostDevice
+from mmpipe.runtime.measure import expected_seconds
 
 EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
 
@@ -85,7 +86,7 @@ def test_less_memory_makes_smaller_buckets_and_the_same_answers(weights, tmp_pat
 
 
 def timed(asked, **seconds):
-    """A measurement that knows what it will find: "parallel" and "cascade", or "cascade_1" for one thread."""
+    """A measurement that knows what it will find."""
 
     def measure(plan, threads):
         name = "parallel" if plan.stage_plans[0].steps[0].stream == "image" else "cascade"
@@ -105,11 +106,18 @@ def test_a_call_takes_what_was_measured_to_be_fastest(pipeline, weights, monkeyp
     assert "cascade, threads 4: 20.0 ms" in fast.reasons["schedule"]
     assert set(asked) == {("cascade", 4, 1), ("cascade", 1, 1), ("parallel", 1, 1)}
     slow = resolve(config, cut, host, measure=timed([], parallel=0.021, cascade=0.022, cascade_1=0.020))
-    assert (slow.schedule, slow.streams, slow.threads) == ("cascade", "one", 1)
+    assert (slow.schedule, slow.streams, slow.threads) == ("cascade", "caller", 1)
     monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)  # now it is a large graph
     asked.clear()
     resolve(config, cut, host, measure=timed(asked, parallel=0.021, cascade=0.020))
     assert set(asked) == {("cascade", 4, 1), ("parallel", 1, 1)}
+
+
+def test_the_time_to_an_answer_counts_where_samples_leave():
+    assert expected_seconds([1.0, 2.0, 6.0], [1, 0, 0]) == 1.0
+    assert expected_seconds([1.0, 2.0, 6.0], [30, 50, 20]) == pytest.approx(0.3 + 1.0 + 1.2)
+    assert expected_seconds([1.0, 2.0, 6.0], None) == 3.0  # not known: as many at each
+    assert expected_seconds([5.0], None) == 5.0
 
 
 def test_batches_wait_for_no_measurement(pipeline, weights, monkeypatch):

@@ -1,8 +1,18 @@
 """Folders and manifests → samples; limits; decoding; work ahead of its consumer. Imports no torch."""
 
-from mmpipe.media.ahead import Ahead, AheadIterator
+from mmpipe.media.ahead import Ahead, Here
 from mmpipe.media.decode import estimate_bytes, load
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
 
-__all__ = ["SUFFIXES", "Ahead", "AheadIterator", "Limits", "Listing", "Samples", "estimate_bytes", "find", "load"]
+__all__ = [
+    "SUFFIXES",
+    "Ahead",
+    "Here",
+    "Limits",
+    "Listing",
+    "Samples",
+    "estimate_bytes",
+    "find",
+    "load",
+]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, fx
 
-from mmpipe.runtime.streams import Event, HostStream, Run, Stream
+from mmpipe.runtime.streams import CallerStream, Event, HostStream, Run, Stream
 
 if TYPE_CHECKING:
     from mmpipe.runtime.lanes import Work
@@ -69,8 +69,8 @@ class HostDevice:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def stream(self, name: str, threads: int) -> HostStream:
-        return HostStream(name, threads)
+    def stream(self, name: str, threads: int) -> Stream:
+        return CallerStream(name) if name == "caller" else HostStream(name, threads)
 
     def allocate(self, size_bytes: int) -> Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8)

@@ -63,7 +63,7 @@ def seconds_to_exits(executor: Executor) -> list[float]:
 
 
 def expected_seconds(seconds: Sequence[float], shares: Sequence[float] | None) -> float:
-    """The mean time to an answer, where `shares` leave at each exit; None: none leaves before the last."""
+    """The mean time to an answer, where `shares` leave at each exit; None: not known, as many at each."""
     if shares is None or len(shares) != len(seconds) or sum(shares) <= 0:
-        return seconds[-1]
+        shares = [1.0] * len(seconds)
     return sum(share * time for share, time in zip(shares, seconds, strict=True)) / sum(shares)

@@ -2,6 +2,7 @@
 
     Run          one lane's run: what fails or is cancelled stops its own later work, and no other run's
     HostStream   a worker thread with a FIFO, with CUDA's semantics: a wait stops the stream, not the host
+    CallerStream the same without a thread, for plans of one stream
     HostEvent    a mark in a stream
 
 `mmpipe.runtime.cuda` has the same three names over the driver's. Nothing else in mmpipe orders or synchronises device
@@ -134,14 +135,8 @@ class HostStream:
 
     def submit(self, work: Work, run: Run, step: str) -> None:
         def do() -> None:
-            if run.stopped:
-                return
-            start = time.perf_counter()
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - the waiter raises it
-                run.fail(step, error)
-            run.spans.append((step, self.name, start, time.perf_counter()))
+            if not run.stopped:
+                _do(work, run, step, self.name)
 
         self._put(do)
 
@@ -169,6 +164,44 @@ class HostStream:
         if self._closed:
             raise StreamClosed(f"stream {self.name} is closed")
         self._queue.put(work)
+
+
+class CallerStream:
+    """No thread: work is done as it is submitted, by whoever submits it. For plans of one stream, where a thread of its
+    own would only add the handing over; threads and inference mode are the caller's."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._closed = False
+
+    def submit(self, work: Work, run: Run, step: str) -> None:
+        if self._closed:
+            raise StreamClosed(f"stream {self.name} is closed")
+        if not run.stopped:
+            _do(work, run, step, self.name)
+
+    def record(self, run: Run) -> HostEvent:
+        event = HostEvent(run)
+        event.mark()
+        return event
+
+    def wait(self, event: Event) -> None:
+        assert event.done(), "one stream: what comes before has been done"
+
+    def synchronize(self) -> None:
+        return
+
+    def close(self) -> None:
+        self._closed = True
+
+
+def _do(work: Work, run: Run, step: str, stream: str) -> None:
+    start = time.perf_counter()
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - the waiter raises it
+        run.fail(step, error)
+    run.spans.append((step, stream, start, time.perf_counter()))
 
 
 def _work(tasks: queue.SimpleQueue[Work | None], threads: int) -> None:

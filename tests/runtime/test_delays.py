@@ -42,7 +42,7 @@ PLACES = [
         ("branches", True),
     ]
     for lanes, slots in [(1, 8), (2, 64), (3, 32)]
-]
+] + [{"layout": "caller", "lanes": 1, "parallel": False, "slots": 16}]
 
 
 class Slow(HostStream):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from mmpipe.graphs import memory
 from mmpipe.graphs.backends import lower
 from mmpipe.graphs.check import check
 from mmpipe.graphs.plan import PRESENCE, Plan
+from mmpipe.loading import keep_freed_memory
 from mmpipe.placing import placed, resolve
 from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.lanes import Watch
@@ -103,15 +103,6 @@ def one_by_one(pipeline: Pipeline, samples: Sequence[Sample], rows: int) -> Call
                     encoder.module(**{name: torch.stack([row[name] for row in bucket]) for name in bucket[0]})
 
     return run
-
-
-def steady_malloc() -> None:
-    """Keep what is freed. Else glibc gives large blocks back and takes them again, for some threads and not for others:
-    the same executor made twice differs by a tenth, which is more than what is measured here."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2_000_000_000)
 
 
 def void(value: object) -> None:
@@ -238,7 +229,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="for the schedules")
     parser.add_argument("--batches", type=int, default=2000, help="for flat memory; 0 leaves it out")
     options = parser.parse_args()
-    steady_malloc()
+    keep_freed_memory()  # else the same executor made twice differs by a tenth: arenas of threads
     with Pipeline.load(options.config, say=print) as pipeline:
         given = pipeline.config.input.folder is not None
         samples = list(pipeline.find().samples)[: options.samples] if given else made_up(pipeline, options.samples)

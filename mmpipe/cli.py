@@ -20,6 +20,7 @@ import typer
 
 from mmpipe import __version__
 from mmpipe.errors import ConfigError, Interrupted, MmpipeError
+from mmpipe.loading import keep_freed_memory
 
 if TYPE_CHECKING:
     from mmpipe.config import Config
@@ -47,6 +48,7 @@ SetOption = Annotated[
 
 def main() -> None:
     """Entry point: errors become one message and an exit code, never a traceback."""
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that can't show a character shows its number
             stream.reconfigure(errors="backslashreplace")

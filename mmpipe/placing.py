@@ -105,10 +105,13 @@ def resolve(config: Config, made: Cut, device: Device, *, measure: Measure | Non
     small = weights < 4 * _NUMBERS_FOR_THREADS and device.kind == "cpu"
     fits = _Fits(config, made, weights)
     if measure is None:
-        return fits.largest(_for_batches(base, made, runtime.schedule, small, cores), runtime.batch_size == "auto")
+        wanted = _for_batches(base, made, runtime.schedule, small, cores)
+        return fits.largest(wanted, shrink=runtime.batch_size == "auto", batches=True)
     if runtime.batch_size == "auto":
         reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
-    ways = [fits.largest(way, shrink=False) for way in _for_calls(base, made, runtime.schedule, small, cores)]
+    ways = [
+        fits.largest(way, shrink=False, batches=False) for way in _for_calls(base, made, runtime.schedule, small, cores)
+    ]
     return _fastest(ways, made, measure)
 
 
@@ -128,7 +131,9 @@ def _for_batches(base: Resolved, made: Cut, schedule: str, small: bool, cores: i
         reasons["streams"] = "one for each lane: buckets side by side gain more than threads within a small segment"
         reasons["threads"] = "small segments: one each, and a lane for every core"
     else:
-        reasons["streams"] = "one: a segment fills the cores by itself"
+        base = replace(base, streams="caller", lanes=1)
+        reasons["streams"] = "the caller's own thread: a segment fills the cores, and malloc serves that thread best"
+        reasons["lanes"] = "a second run would only wait for the cores"
     return replace(base, reasons=reasons)
 
 
@@ -210,7 +215,7 @@ class _Fits:
             "decoding": decoding_bytes(resolved.memory_limit),
         }
 
-    def largest(self, wanted: Resolved, shrink: bool) -> Resolved:
+    def largest(self, wanted: Resolved, *, shrink: bool, batches: bool) -> Resolved:
         """`wanted` with the most rows that fit (where they may be fewer), then lanes, then slots up to a shard's."""
         rows = [count for count in (wanted.batch_size, *_SMALLER) if count <= wanted.batch_size]
         shard, least, reasons = self.config.output.shard_rows, {"": 0}, dict(wanted.reasons)
@@ -225,7 +230,7 @@ class _Fits:
                 more = self.needs(replace(tried, slots=fewest + _SLOTS))
                 step = sum(more.values()) - sum(least.values())
                 room = fewest + (limit - sum(least.values())) // step * _SLOTS if step > 0 else shard
-                slots = max(fewest, min(shard, room)) if wanted.lanes > 1 else fewest
+                slots = max(fewest, min(shard, room)) if batches else fewest
                 if count < wanted.batch_size:
                     reasons["batch_size"] = f"{wanted.batch_size} rows do not fit runtime.memory_limit ({shown(limit)})"
                 if lanes < wanted.lanes:

@@ -127,7 +127,7 @@ def test_batches_wait_for_no_measurement(pipeline, weights, monkeypatch):
     assert (small.schedule, small.streams, small.lanes, small.threads) == ("cascade", "lanes", 3, 1)
     monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)
     large = resolve(config, cut, HostDevice())
-    assert (large.schedule, large.streams, large.lanes, large.threads) == ("cascade", "one", 2, 3)
+    assert (large.schedule, large.streams, large.lanes, large.threads) == ("cascade", "caller", 1, 3)
 
 
 def test_a_single_call_is_a_row_of_its_own_and_agrees(weights, tmp_path):

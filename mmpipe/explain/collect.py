@@ -22,6 +22,7 @@ from mmpipe.graphs import cost, memory
 from mmpipe.graphs.cost import Product
 from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
+from mmpipe.loading import freed_memory_is_kept
 from mmpipe.pipeline import Pipeline
 from mmpipe.placing import shown
 from mmpipe.runtime.device import cuda_devices
@@ -216,6 +217,11 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         why = f"runtime.device is cpu; cuda would use one of {seen}" if seen else "PyTorch sees no CUDA device here"
         found.append(("CUDA", why))
     found += [("a CUDA graph", note) for note in pipeline.runners.device.notes]
+    if not freed_memory_is_kept():
+        why = (
+            "malloc is the whole process's: the command line does it; elsewhere MALLOC_TRIM_THRESHOLD_=2000000000 and "
+        )
+        found.append(("freed memory kept", why + "MALLOC_MMAP_THRESHOLD_=2000000000 in the environment do"))
     if resolved.dtype == "float32":
         found.append(("bfloat16", "float32 is the only type that is implemented"))
     if resolved.backend == "eager":

@@ -54,7 +54,7 @@ def place(
     media = 3 * rows if media is None else media
     groups = [tuple(range(plan.stages))] if parallel else [(stage,) for stage in range(plan.stages)]
     own = layout == "lanes"
-    made = []
+    made: list[StagePlan] = []
     for group in groups:
         segments = [segment for segment in plan.segments if segment.stage in group]
         steps, buffers = steps_of(plan, segments, rows=rows, slots=slots, media=media)

@@ -180,7 +180,8 @@ class RuntimeConfig(_Keys):
     )
     batch_size: BatchSize = Field(default="auto", description="Rows of a batch: `auto`, or 1 to 512.")
     memory_limit: SizeOrAuto = Field(
-        default="auto", description="Memory for decoded media, tensors and workspaces: `auto`, or a size such as `4GB`."
+        default="auto",
+        description="Memory for weights, pool, workspaces and decoding: `auto` (80% of what is free), or `4GB`.",
     )
     cache: Annotated[
         Literal["auto", "off"], BeforeValidator(off_word), WithJsonSchema({"enum": ["auto", "off", False]})

@@ -118,9 +118,12 @@ def test_what_was_worked_on_is_not_kept_alive():
     stream = HostStream("forgetful")
     tensor = torch.zeros(4)
     still_there = weakref.ref(tensor)
-    stream.submit(tensor.sum, Run(), "sum")
-    stream.synchronize()
+    run = Run()
+    stream.submit(tensor.sum, run, "sum")
+    while not run.spans:  # no other task comes after it
+        time.sleep(0.001)
     del tensor
+    time.sleep(0.01)
     gc.collect()
     assert still_there() is None
     stream.close()

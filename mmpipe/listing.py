@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from mmpipe import media
@@ -15,7 +17,7 @@ def find_samples(config: Config, folder: str | Path | None = None) -> media.List
     root, manifest = _given(config, folder)
     if manifest is None and root is None:
         raise config.error("input", "nothing to read", "set input.folder or input.manifest, or give --input PATH")
-    return media.find(
+    listing = media.find(
         root,
         pair_by=settings.pair_by or "stem",
         pattern={str(modality): glob for modality, glob in settings.pattern.items()} or None,
@@ -25,6 +27,15 @@ def find_samples(config: Config, folder: str | Path | None = None) -> media.List
         multiple=settings.multiple,
         modalities=config.modalities,
     )
+    own = config.source.file
+    if root is None or own is None:
+        return listing
+    # a configuration in the folder that it describes, as `init` writes it, is no stray file
+    return replace(listing, unmatched=tuple(pair for pair in listing.unmatched if not _same(root / pair[0], own)))
+
+
+def _same(one: Path, other: str | Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def input_root(config: Config, folder: str | Path | None = None) -> Path | None:

@@ -169,3 +169,8 @@ def test_folders_without_media_are_refused_and_nothing_is_written(tmp_path, name
     assert not (folder / "mmpipe.yaml").exists()
     with pytest.raises(InputError, match="no such folder"):
         write_starter(tmp_path / "nowhere", None, force=False)
+
+
+def test_the_configuration_that_init_wrote_is_no_stray_file(tmp_path):
+    _, _, listing = begun(lay(tmp_path / "media", [*STEMS, "notes.xyz"]))
+    assert [name for name, _ in listing.unmatched] == ["notes.xyz"]

@@ -179,7 +179,7 @@ def show_listing(listing: media.Listing, modalities: Sequence[str], console: Out
     out = console or Output()
     total = len(listing.samples)
     counts = ", ".join(f"{listing.counts.get(modality, 0):,} with {modality}" for modality in modalities)
-    out.print(f"{total:,} items: {counts}")
+    out.print(f"{total:,} {'item' if total == 1 else 'items'}: {counts}")
     for combination, count in sorted(listing.combinations.items(), key=lambda item: -item[1]):
         out.print(f"  {count:>9,}  {combination or 'nothing at all'}")
     table = Table(box=box.SIMPLE_HEAD, title=f"the first {min(_ITEMS, total)}", title_justify="left")
@@ -192,7 +192,8 @@ def show_listing(listing: media.Listing, modalities: Sequence[str], console: Out
     if not listing.unmatched:
         out.print("every file belongs to an item")
         return
-    out.print(f"{len(listing.unmatched):,} files belong to no item:")
+    many = len(listing.unmatched)
+    out.print("1 file belongs to no item:" if many == 1 else f"{many:,} files belong to no item:")
     for line in _unmatched(listing.unmatched):
         out.print(f"  {line}", soft_wrap=True)
 

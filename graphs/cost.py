@@ -82,10 +82,15 @@ def _bytes(node: fx.Node, rows: int) -> int:
 
 
 def _size(dimension: int | str, rows: int) -> int:
-    """A dimension of a Mark: a number, "B", or a product of them such as "49*B"."""
+    """A dimension of a Mark: a number, "B", or what torch.export made of it, such as "49*B" or "B + 1"."""
     if isinstance(dimension, int):
         return dimension
-    return math.ceil(math.prod(rows if part == "B" else float(part) for part in dimension.split("*")))
+    try:
+        return math.ceil(math.prod(rows if part == "B" else float(part) for part in dimension.split("*")))
+    except ValueError:  # seldom; sympy, which wrote it, is slow
+        import sympy
+
+        return math.ceil(sympy.sympify(dimension).subs("B", rows))
 
 
 def weight_bytes(modules: Sequence[fx.GraphModule]) -> int:

@@ -217,10 +217,10 @@ class _Fits:
 
     def largest(self, wanted: Resolved, *, shrink: bool, batches: bool) -> Resolved:
         """`wanted` with the most rows that fit (where they may be fewer), then lanes, then slots up to a shard's."""
-        rows = [count for count in (wanted.batch_size, *_SMALLER) if count <= wanted.batch_size]
+        smaller = [count for count in _SMALLER if shrink and count < wanted.batch_size]
         shard, least, reasons = self.config.output.shard_rows, {"": 0}, dict(wanted.reasons)
         limit = wanted.memory_limit
-        for count in dict.fromkeys(rows if shrink else rows[:1]):
+        for count in (wanted.batch_size, *smaller):
             for lanes in dict.fromkeys((wanted.lanes, 1)):
                 fewest = count * lanes
                 tried = replace(wanted, batch_size=count, lanes=lanes, slots=fewest)
@@ -238,11 +238,10 @@ class _Fits:
                 fitting = replace(tried, slots=slots, reasons=reasons)
                 return replace(fitting, memory=self.needs(fitting))
         parts = ", ".join(f"{name} {shown(value)}" for name, value in least.items())
+        needed = f"{count} {'row' if count == 1 else 'rows'} a bucket need {shown(sum(least.values()))} ({parts})"
         raise self.config.error(
             "runtime.memory_limit",
-            f"{shown(limit)} are not enough: {rows[-1] if shrink else rows[0]} "
-            f"{'row' if (rows[-1] if shrink else rows[0]) == 1 else 'rows'} a bucket need "
-            f"{shown(sum(least.values()))} ({parts})",
+            f"{shown(limit)} are not enough: {needed}",
             "give more, or a smaller runtime.batch_size, or smaller models",
         )
 

@@ -69,6 +69,13 @@ def test_a_workspace_is_what_the_segment_really_takes_and_not_much_more(made):
         assert 0.95 * seen.peak <= estimate <= 2.0 * seen.peak, (segment.name, seen.peak, estimate)
 
 
+@pytest.mark.parametrize(
+    ("dimension", "size"), [(7, 7), ("B", 16), ("49*B", 784), ("0.5*B", 8), ("B + 1", 17), ("(B//4)", 4), ("2*B - 3", 29)]
+)
+def test_a_dimension_of_any_form_has_a_size(dimension, size):
+    assert cost._size(dimension, ROWS) == size
+
+
 def test_a_workspace_grows_with_the_rows(made):
     module = made.modules["image@0"]
     assert cost.workspace_bytes(module, 32) == pytest.approx(2 * cost.workspace_bytes(module, 16), rel=0.01)

@@ -4,6 +4,27 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Random weights of the small encoders and of a head over them: what `shop.config` wants."""
+    from support import shop
+
+    return shop.weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(weights):
+    """Three small encoders with exits after image, and after image and text."""
+    from support import shop
+
+    from mmpipe import Pipeline
+
+    with Pipeline.load(shop.config(weights, shop.EXITS)) as made:
+        yield made

@@ -9,19 +9,6 @@ from support import shop
 from mmpipe import InputError, Pipeline
 from mmpipe import media as media_module
 
-EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return shop.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(weights):
-    with Pipeline.load(shop.config(weights, EXITS)) as made:
-        yield made
-
 
 @pytest.fixture(scope="module")
 def samples(pipeline, tmp_path_factory):
@@ -88,7 +75,7 @@ def test_a_place_that_is_not_there_names_those_that_are(pipeline, where):
 
 def test_in_a_single_call_and_in_parallel_too(weights):
     for schedule in ("cascade", "parallel"):
-        with Pipeline.load({**shop.config(weights, EXITS), "runtime": {"schedule": schedule}}) as made:
+        with Pipeline.load({**shop.config(weights, shop.EXITS), "runtime": {"schedule": schedule}}) as made:
             seen = []
             with made.observe("text", seen.append):
                 made(text="a red mug", id="mug")

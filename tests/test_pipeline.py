@@ -18,7 +18,6 @@ from mmpipe import Pipeline, Sample
 from mmpipe.graphs.fuse import outputs_of
 from mmpipe.jobs.tally import Tally
 
-MODALITY_EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
 ALL_KINDS = [
     {"after": "image.layer1", "threshold": 0.8},
     {"after": "image", "threshold": 0.6},
@@ -29,19 +28,8 @@ NEVER = [{**exit_, "threshold": 1.0} for exit_ in ALL_KINDS]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return shop.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
 def media(tmp_path_factory):
     return shop.media(tmp_path_factory.mktemp("media"), 30)
-
-
-@pytest.fixture(scope="module")
-def pipeline(weights):
-    with Pipeline.load(shop.config(weights, MODALITY_EXITS)) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +106,7 @@ def test_stream_takes_an_iterator_that_never_ends(pipeline):
     ]
 
 
-@pytest.mark.parametrize("exits", [MODALITY_EXITS, NEVER], ids=["modalities", "every kind"])
+@pytest.mark.parametrize("exits", [shop.EXITS, NEVER], ids=["modalities", "every kind"])
 def test_exits_that_never_fire_change_nothing(weights, full, samples, exits):
     never = [{**exit_, "threshold": 1.0} for exit_ in exits]
     want = full.predict(samples)
@@ -148,7 +136,7 @@ def test_the_full_pipeline_is_its_graph(full, samples):
 
 
 def test_editing_a_node_of_the_graph_changes_what_runs(weights, samples):
-    with Pipeline.load(shop.config(weights, MODALITY_EXITS)) as made:
+    with Pipeline.load(shop.config(weights, shop.EXITS)) as made:
         before = made.predict(samples)
         graph = made.graph
         for answer in set(outputs_of(graph.graph)["exits"].values()):

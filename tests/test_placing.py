@@ -13,22 +13,9 @@ from mmpipe.placing import resolve
 from mmpipe.runtime.device import HostDevice
 from mmpipe.runtime.measure import expected_seconds
 
-EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return shop.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(weights):
-    with Pipeline.load(shop.config(weights, EXITS)) as made:
-        yield made
-
 
 def configured(weights, **runtime):
-    return load({**shop.config(weights, EXITS), "runtime": runtime})
+    return load({**shop.config(weights, shop.EXITS), "runtime": runtime})
 
 
 def cut_of(pipeline):
@@ -51,7 +38,7 @@ def test_the_plan_that_users_see_is_scheduled_and_can_be_written_down(pipeline):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there_is_refused_before_models_are_loaded(weights):
     said = []
-    config = {**shop.config(weights, EXITS), "runtime": {"device": "cuda:1"}}
+    config = {**shop.config(weights, shop.EXITS), "runtime": {"device": "cuda:1"}}
     with pytest.raises(ConfigError, match=r"runtime\.device: cuda:1: .* sees no CUDA devices") as caught:
         Pipeline.load(config, say=said.append)
     assert caught.value.exit_code == 2
@@ -60,17 +47,17 @@ def test_a_device_that_is_not_there_is_refused_before_models_are_loaded(weights)
 
 def test_too_little_memory_is_refused_with_figures(weights):
     with pytest.raises(ConfigError, match=r"runtime\.memory_limit") as caught:
-        Pipeline.load({**shop.config(weights, EXITS), "runtime": {"memory_limit": "1MB"}})
+        Pipeline.load({**shop.config(weights, shop.EXITS), "runtime": {"memory_limit": "1MB"}})
     text = str(caught.value)
     for part in ("1.0 MB are not enough", "1 row a bucket need", "weights", "workspaces", "media"):
         assert part in text
     with pytest.raises(ConfigError, match="512 rows a bucket need"):
-        Pipeline.load({**shop.config(weights, EXITS), "runtime": {"memory_limit": "50MB", "batch_size": 512}})
+        Pipeline.load({**shop.config(weights, shop.EXITS), "runtime": {"memory_limit": "50MB", "batch_size": 512}})
 
 
 def test_less_memory_makes_smaller_buckets_and_the_same_answers(weights, tmp_path):
     media = shop.media(tmp_path, 24)
-    plain = {**shop.config(weights, EXITS)}
+    plain = {**shop.config(weights, shop.EXITS)}
     with Pipeline.load(plain) as large:
         samples = list(large.find(media).samples)
         want = [(p.label, p.answered_by) for p in large.predict(samples)]
@@ -131,7 +118,7 @@ def test_batches_wait_for_no_measurement(pipeline, weights, monkeypatch):
 
 
 def test_a_single_call_is_a_row_of_its_own_and_agrees(weights, tmp_path):
-    pipeline = Pipeline.load({**shop.config(weights, EXITS), "runtime": {}})
+    pipeline = Pipeline.load({**shop.config(weights, shop.EXITS), "runtime": {}})
     samples = list(pipeline.find(shop.media(tmp_path, 12)).samples)
     for sample, want in zip(samples, pipeline.predict(samples), strict=True):
         got = pipeline(**sample.media)
@@ -154,7 +141,7 @@ def test_the_schedule_changes_no_row(weights, tmp_path):
     media = shop.media(tmp_path, 30)
     found = []
     for schedule in ("cascade", "parallel"):
-        config = {**shop.config(weights, EXITS), "runtime": {"schedule": schedule, "batch_size": 8}}
+        config = {**shop.config(weights, shop.EXITS), "runtime": {"schedule": schedule, "batch_size": 8}}
         with Pipeline.load(config) as made:
             samples = list(made.find(media).samples)
             found += [made.predict(samples), made.predict(samples)]

@@ -8,22 +8,8 @@ import pytest
 from support import shop
 from test_cli import mmpipe
 
-from mmpipe import Pipeline
 from mmpipe.explain import collect
 from mmpipe.runtime.ledger import Decoding, Outcome
-
-EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return shop.weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(weights):
-    with Pipeline.load(shop.config(weights, EXITS)) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

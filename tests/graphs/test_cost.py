@@ -70,7 +70,8 @@ def test_a_workspace_is_what_the_segment_really_takes_and_not_much_more(made):
 
 
 @pytest.mark.parametrize(
-    ("dimension", "size"), [(7, 7), ("B", 16), ("49*B", 784), ("0.5*B", 8), ("B + 1", 17), ("(B//4)", 4), ("2*B - 3", 29)]
+    ("dimension", "size"),
+    [(7, 7), ("B", 16), ("49*B", 784), ("0.5*B", 8), ("B + 1", 17), ("(B//4)", 4), ("2*B - 3", 29)],
 )
 def test_a_dimension_of_any_form_has_a_size(dimension, size):
     assert cost._size(dimension, ROWS) == size

@@ -16,6 +16,7 @@ from mmpipe.fusion.checkpoint import save_checkpoint
 from mmpipe.fusion.heads import TransformerHead
 
 LABELS = ["mug", "lamp", "chair", "book"]
+EXITS = [{"after": "image", "threshold": 0.55}, {"after": ["image", "text"], "threshold": 0.55}]
 KINDS = {"image": "photo", "text": "title", "audio": "note"}
 
 

@@ -90,7 +90,7 @@ def _size(dimension: int | str, rows: int) -> int:
     except ValueError:  # seldom; sympy, which wrote it, is slow
         import sympy
 
-        return math.ceil(sympy.sympify(dimension).subs("B", rows))
+        return int(math.ceil(sympy.sympify(dimension).subs("B", rows)))
 
 
 def weight_bytes(modules: Sequence[fx.GraphModule]) -> int:

@@ -237,9 +237,9 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
     for segment in segments:
         rows = next(s.rows for s in plan.stage_plans if segment["stage"] in s.stages)
         room = segment["runs"] * rows
-        if segment["runs"] > 1 and segment["rows"] < 0.9 * room:
+        if segment["rows"] < 0.9 * room:
             padding = 1 - segment["rows"] / room
-            why = f"{segment['rows']} rows in {segment['runs']} buckets of {rows}: {padding:.0%} padding"
+            why = f"{segment['rows']} rows in {segment['runs']} × {rows}: {padding:.0%} padding"
             found.append((f"full buckets in {segment['name']}", why))
     passes = {"fold_normalisation": "folding normalisation into a convolution", "share_weights": "storing weights once"}
     why_not = {

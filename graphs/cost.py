@@ -90,7 +90,8 @@ def _size(dimension: int | str, rows: int) -> int:
     except ValueError:  # seldom; sympy, which wrote it, is slow
         import sympy
 
-        return int(math.ceil(sympy.sympify(dimension).subs("B", rows)))
+        size: int = math.ceil(sympy.sympify(dimension).subs("B", rows))
+        return size
 
 
 def weight_bytes(modules: Sequence[fx.GraphModule]) -> int:

@@ -29,7 +29,8 @@ from mmpipe.graphs.backends import lower
 from mmpipe.graphs.check import check
 from mmpipe.graphs.plan import PRESENCE, Plan
 from mmpipe.loading import keep_freed_memory
-from mmpipe.placing import placed, resolve
+from mmpipe.placing import resolve
+from mmpipe.resolved import placed
 from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.lanes import Watch
 from mmpipe.runtime.measure import MadeUp, plausible

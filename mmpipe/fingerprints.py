@@ -19,7 +19,7 @@ import torch
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.graphs.plan import Plan
-from mmpipe.placing import Resolved
+from mmpipe.resolved import Resolved
 from mmpipe.types import Sample
 
 _PACKAGES = ("mmpipe", "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow", "soundfile")

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from mmpipe import media
 from mmpipe.answers import FULL, Answers
+from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build
 from mmpipe.config import Config, load
 from mmpipe.errors import InputError
@@ -35,8 +36,9 @@ from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
-from mmpipe.placing import Resolved, decoding_bytes, device_of
-from mmpipe.runners import Kind, Runners
+from mmpipe.placing import device_of
+from mmpipe.resolved import Kind, Resolved
+from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -59,7 +61,7 @@ class Pipeline:
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
         self.runners = Runners(config, self._built.graph, self._built.thresholds, device)
-        self.resolved: Resolved = self.runners.resolved()
+        self.runners.resolved()  # what does not fit is refused now
         self._build_seconds = time.perf_counter() - began
 
     @classmethod
@@ -93,6 +95,12 @@ class Pipeline:
         """Each segment's part of the graph: inputs then reads → tuple of writes."""
         with self._lock:
             return self.runners.cut.modules
+
+    @property
+    def resolved(self) -> Resolved:
+        """What every `auto` became, for batches, and why."""
+        with self._lock:
+            return self.runners.resolved()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -171,7 +179,10 @@ class Pipeline:
         if out is None:
             raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
         refuse(out, mode, inside=input_root(self.config, folder))
-        return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
+        listing = self.find(folder)
+        with self._lock:
+            self.runners.settle(len(listing.samples[:limit]))
+        return run_job(self, listing, out, mode=mode, limit=limit, progress=progress)
 
     @contextlib.contextmanager
     def observe(self, where: str, callback: Observer) -> Iterator[None]:

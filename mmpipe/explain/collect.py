@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmpipe.budget import shown
 from mmpipe.explain.words import duration
 from mmpipe.fingerprints import versions
 from mmpipe.graphs import cost, memory
@@ -24,7 +25,6 @@ from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.loading import freed_memory_is_kept
 from mmpipe.pipeline import Pipeline
-from mmpipe.placing import shown
 from mmpipe.runtime.device import cuda_devices
 from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample

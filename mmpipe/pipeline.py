@@ -24,13 +24,14 @@ from mmpipe import media
 from mmpipe.answers import FULL, Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build
-from mmpipe.config import Config, load
+from mmpipe.config import AuditConfig, Config, load
 from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
+from mmpipe.jobs.auditing import AuditSettings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
@@ -223,6 +224,22 @@ class Pipeline:
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
+            audit=self._audit(),
+        )
+
+    def _audit(self) -> AuditSettings | None:
+        """What folder jobs audit: as configured; by default 1% where a calibration promised something."""
+        settings, promised = self.config.fusion.audit, self._built.max_disagreement
+        if settings is None and promised is not None:
+            settings = AuditConfig()
+        if settings is None or not settings.share or len(self.plan.exits) < 2:
+            return None
+        return AuditSettings(
+            share=settings.share,
+            disable=settings.on_drift == "disable",
+            promised=promised,
+            last_exit=self.plan.exits[-1].name,
+            batch=self.resolved.batch_size,
         )
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:

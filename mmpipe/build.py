@@ -48,6 +48,7 @@ class Built:
     thresholds: tuple[float, ...]  # one per exit but the last
     removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
     notes: tuple[str, ...]
+    max_disagreement: float | None = None  # a calibration's promise; None: there is none
 
 
 def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Built:

@@ -66,6 +66,7 @@ def fingerprints(
         numerics,
         list(built.thresholds),
         config.fusion.confidence,
+        config.fusion.model_dump(mode="json", include={"audit", "deliberate"}),
         config.input.model_dump(mode="json"),
         config.output.model_dump(mode="json", exclude={"folder", "thumbnails"}),
         ids.hexdigest(),

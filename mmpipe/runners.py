@@ -38,7 +38,7 @@ class Runners:
         self._version = -1
         self._resolved: dict[Kind, Resolved] = {}
         self._plans: dict[Kind, Plan] = {}
-        self._executors: dict[Kind, tuple[bool, Executor]] = {}
+        self._executors: dict[Kind, Executor] = {}
         self._began = False  # a batch has run: its plan stays
         self._left: list[float] = []  # samples that each exit has answered so far
 
@@ -72,16 +72,14 @@ class Runners:
         return self._plans[kind]
 
     def executor(self, kind: Kind, exits: bool) -> Executor:
-        """`exits` False: no sample leaves before the last stage."""
+        """`exits` False: no sample leaves before the last stage. The same pool and streams run both ways."""
         plan = self.plan(kind)
         self._began |= kind == "batch"
-        if kind in self._executors and self._executors[kind][0] != exits:
-            self._executors.pop(kind)[1].close()
         if kind not in self._executors:
             watches, modules = self.observers.watches(self.graph, self.cut)
-            made = self._bound(plan, modules, self.resolved(kind), self._gate(exits), watches)
-            self._executors[kind] = exits, made
-        return self._executors[kind][1]
+            self._executors[kind] = self._bound(plan, modules, self.resolved(kind), None, watches)
+        self._executors[kind].gate = self._gate(exits)
+        return self._executors[kind]
 
     def count(self, outcome: Outcome) -> None:
         """Remember where samples left: the rates decide what is fast."""
@@ -91,7 +89,7 @@ class Runners:
             self._left[index] += float((outcome.exit_N == index).sum())
 
     def forget_executors(self) -> None:
-        for _, executor in self._executors.values():
+        for executor in self._executors.values():
             executor.close()
         self._executors.clear()
 

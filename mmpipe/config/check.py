@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
     "fusion.calibration": (None,),
-    "fusion.audit.share": (0.0,),
-    "fusion.deliberate": (None,),
     "runtime.dtype": ("auto", "float32"),
     "runtime.backend": ("auto", "eager"),
     "input.decode": ("exact",),

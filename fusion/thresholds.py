@@ -45,7 +45,7 @@ class Exits:
 
     @property
     def count(self) -> int:
-        return self.cost_FN.shape[1]
+        return int(self.cost_FN.shape[1])
 
     def leaving(self, thresholds_KE: Floats) -> Rows:
         """[K, N]: the exit that answers each sample at each point; E: the full pipeline."""

@@ -86,9 +86,11 @@ class Certified:
         share = tested / max(tested + learnt, 1)
         rate = 0.0
         if len(self.path_KE):
-            surest = self.path_KE[:1]
             together = np.concatenate([self.split.test, self.split.learn])
-            rate = float(self.exits.rows(together).errors(surest)[0]) / max(len(together), 1)
+            errors, count = int(self.exits.rows(together).errors(self.path_KE[:1])[0]), len(together)
+            if lower_limit(errors, count, level) >= self.max_disagreement:
+                return None
+            rate = min(errors / count, self.max_disagreement / 2)  # few items: so many errors may be chance
         items = items_for(rate, self.max_disagreement, level)
         return None if items is None else math.ceil(items / (share or 1 - LEARN_SHARE))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ class _Keys(BaseModel):
 class CalibratedExit(ExitConfig):
     """A place where a sample may answer early."""
 
+    threshold: Share | None = Field(  # type: ignore[assignment]
+        description="A sample leaves here when its confidence is at least this; null: none leaves."
+    )
     temperature: Temperature = Field(description="What the exit's logits are divided by.")
     answered: Share = Field(description="Share of the test samples that it answered.")
 
@@ -110,7 +114,8 @@ class Gating:
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        return tuple(exit_.threshold for exit_ in self.exits)
+        never = math.inf
+        return tuple(never if exit_.threshold is None else exit_.threshold for exit_ in self.exits)
 
 
 def by_hand(config: Config, exits: bool = True) -> Gating:

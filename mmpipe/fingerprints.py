@@ -65,7 +65,8 @@ def fingerprints(
     job = _hash(
         numerics,
         list(built.thresholds),
-        config.fusion.confidence,
+        list(built.temperatures),
+        built.confidence,
         config.fusion.model_dump(mode="json", include={"audit", "deliberate"}),
         config.input.model_dump(mode="json"),
         config.output.model_dump(mode="json", exclude={"folder", "thumbnails"}),

@@ -23,7 +23,8 @@ from torch.fx import GraphModule
 from mmpipe import media
 from mmpipe.answers import FULL, Answers, Weighed
 from mmpipe.budget import decoding_bytes
-from mmpipe.build import Built, build
+from mmpipe.build import Built, build, not_bound
+from mmpipe.calibrated import mismatch
 from mmpipe.config import AuditConfig, Config, load
 from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
@@ -61,11 +62,25 @@ class Pipeline:
             self._built: Built = build(config, say=say)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
-        self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
-        self.runners = Runners(config, self._built.graph, self._built.thresholds, device)
+        self.runners = Runners(config, self._built, device)
         self.runners.resolved()  # what does not fit is refused now
+        if reason := self._not_calibrated_for():
+            with collector_paused():
+                self._built = build(config, say=say, without_exits=reason)
+            self.runners = Runners(config, self._built, device)
+            self.runners.resolved()
+        self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
         self._build_seconds = time.perf_counter() - began
+
+    def _not_calibrated_for(self) -> str:
+        """Why the calibration's exits are left out, now that number type and backend are known; "": they stay."""
+        calibration = self._built.calibration
+        if calibration is None:
+            return ""
+        dtype, backends = self.resolved.dtype, [self.resolved.backend]
+        why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends)
+        return not_bound(self.config, why) if why else ""
 
     @classmethod
     def load(

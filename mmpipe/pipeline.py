@@ -24,12 +24,14 @@ from mmpipe import media
 from mmpipe.answers import FULL, Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build, not_bound
+from mmpipe.cache import Form, Layers, Recall
+from mmpipe.cache import opened as open_store
 from mmpipe.calibrated import mismatch
 from mmpipe.config import AuditConfig, Config, load
 from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
-from mmpipe.fingerprints import fingerprints, versions
+from mmpipe.fingerprints import fingerprints, forms, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.jobs.auditing import AuditSettings
@@ -42,6 +44,7 @@ from mmpipe.observing import Observer
 from mmpipe.placing import device_of
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runners import Runners
+from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -71,6 +74,8 @@ class Pipeline:
             self.runners = Runners(config, self._built, device)
             self.runners.resolved()
         self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
+        self._store: Layers | None = None  # opened when it is first needed
+        self._forms: dict[Kind, tuple[Plan, dict[str, Form]]] = {}
         self._build_seconds = time.perf_counter() - began
 
     def _not_calibrated_for(self) -> str:
@@ -275,23 +280,24 @@ class Pipeline:
         embeddings: bool | None = None,
         kind: Kind = "batch",
         deliberate: bool | None = None,
+        cached: bool = True,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
         progress.
 
         `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
-        exits it is the full pipeline, which looks once.
+        exits it is the full pipeline, which looks once. `cached` False: everything is computed, whatever is known.
         """
         weighed: Mapping[int, Weighed] = {}
         with self._lock:
-            outcome = self._executed(samples, kind, exits, answered)
+            outcome = self._executed(samples, kind, exits, cached, answered)
             if exits:
                 self.runners.count(outcome)
             if self._deliberation is not None and (exits if deliberate is None else deliberate):
                 last = len(self.plan.exits) - 1
                 weighed = self._deliberation.of(
-                    samples, outcome, last, lambda views: self._executed(views, kind, False)
+                    samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
                 )
             names = tuple(exit_.name for exit_ in self.plan.exits)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
@@ -310,6 +316,7 @@ class Pipeline:
         samples: Sequence[Sample],
         kind: Kind,
         exits: bool,
+        cached: bool,
         answered: Callable[[int], None] = lambda count: None,
     ) -> Outcome:
         """Run samples through a plan; whoever calls has the lock."""
@@ -322,12 +329,35 @@ class Pipeline:
         bucket = executor.plan.stage_plans[0].rows
         alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
         with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=bucket) as ahead:
-            feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
+            recall = self._recall(kind, executor) if cached else None
+            shares = len(executor.plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
+            preparations, limits = self._built.preparations, self._limits
+            feed = Feed(samples, preparations, executor.plan, limits, ahead, recall=recall, shares=shares)
             self.runners.observers.ids = [sample.id for sample in samples]
-            outcome = executor.run(present_NM, feed, answered=answered)
+            try:
+                outcome = executor.run(present_NM, feed, answered=answered, computed=feed.computed)
+            finally:
+                if recall is not None:
+                    recall.store.flush()
         outcome.seconds["decode"] = feed.core_seconds
         outcome.decodings = feed.spans
+        outcome.missed = dict(feed.missed)
+        outcome.notes += recall.store.notes() if recall is not None else []
         return outcome
+
+    def _recall(self, kind: Kind, executor: Executor) -> Recall | None:
+        """The cache, for one run; not of encoders that somebody observes: they'd see nothing."""
+        plan = executor.plan
+        observed = {plan.segment(name).branch for name in executor.watches}
+        if not plan.restores or observed >= {*plan.restores}:
+            return None
+        if self._forms.get(kind, (None,))[0] is not plan:
+            resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
+            self._forms[kind] = plan, forms(self.config, self._built, resolved, plan, modules, self._limits)
+        if self._store is None:
+            self._store = open_store(self.config.runtime.cache_limit)
+        known = self._forms[kind][1]
+        return Recall(self._store, {name: form for name, form in known.items() if name not in observed})
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -351,6 +381,9 @@ class Pipeline:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
             self.runners.close()
+            if self._store is not None:
+                self._store.close()
+                self._store = None
 
     def __enter__(self) -> Self:
         return self

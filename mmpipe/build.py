@@ -5,9 +5,12 @@ The only place where encoders, fusion and graphs meet; their errors become mmpip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from mmpipe.answers import FULL
 from mmpipe.config import Config, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
+from mmpipe.encoders.own import source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
 from mmpipe.fusion.heads import DepthHead, HeadError, ZeroShotHead, prompt_prototypes
@@ -24,6 +28,8 @@ from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
+
+_TEXTS = (".json", ".txt", ".model", ".bpe", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> 
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
     if config.fusion.head == "zero_shot" and config.fusion.exits:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
-    preparations = {modality: _preparation(encoder) for modality, encoder in encoders.items()}
+    options = {str(modality): settings.options for modality, settings in config.encoders.items()}
+    preparations = {modality: _preparation(encoder, options[modality]) for modality, encoder in encoders.items()}
     return Built(graph, preparations, labels, tuple(e.threshold for e in config.fusion.exits), removed, tuple(notes))
 
 
@@ -123,13 +130,26 @@ def _notes(encoder: Encoder) -> tuple[str, ...]:
     return encoder.notes if isinstance(encoder, BuiltEncoder) else ()
 
 
-def _preparation(encoder: Encoder) -> Preparation:
+def _preparation(encoder: Encoder, options: Mapping[str, Any]) -> Preparation:
     if isinstance(encoder, BuiltEncoder):
         encoder.release()
-        settings, seconds = encoder.preprocessing, encoder.max_seconds
+        settings, seconds = {**encoder.preprocessing, "files": _small_files(encoder.files)}, encoder.max_seconds
     else:
-        settings, seconds = {"class": f"{type(encoder).__module__}:{type(encoder).__qualname__}"}, None
+        name = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
+        own = getattr(encoder, "preprocessing", None)  # what its author says shapes prepare()
+        settings = {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own}
+        seconds = None
     return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, settings, _notes(encoder))
+
+
+def _small_files(names: Sequence[str]) -> dict[str, str]:
+    """Configuration and tokeniser: file → hash. Weights are in the graph."""
+    found = {}
+    for path in map(Path, names):
+        with contextlib.suppress(OSError):
+            if path.suffix in _TEXTS and path.is_file():
+                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def example_medium(modality: str) -> Any:

@@ -23,10 +23,12 @@ from torch.fx import GraphModule
 from mmpipe import media
 from mmpipe.answers import FULL, Answers
 from mmpipe.build import Built, build
+from mmpipe.cache import Form, Layers, Recall
+from mmpipe.cache import opened as open_store
 from mmpipe.config import Config, load
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
-from mmpipe.fingerprints import fingerprints, versions
+from mmpipe.fingerprints import fingerprints, forms, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.jobs.job import JobSettings, Summary, run_job
@@ -37,6 +39,7 @@ from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
 from mmpipe.placing import Resolved, decoding_bytes, device_of
 from mmpipe.runners import Kind, Runners
+from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -60,6 +63,8 @@ class Pipeline:
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
         self.runners = Runners(config, self._built.graph, self._built.thresholds, device)
         self.resolved: Resolved = self.runners.resolved()
+        self._store: Layers | None = None  # opened when it is first needed
+        self._forms: dict[Kind, tuple[Plan, dict[str, Form]]] = {}
         self._build_seconds = time.perf_counter() - began
 
     @classmethod
@@ -229,11 +234,12 @@ class Pipeline:
         exits: bool = True,
         embeddings: bool | None = None,
         kind: Kind = "batch",
+        cached: bool = True,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of the run. `answered` is told of progress.
 
-        `kind`: which of the pipeline's plans runs it.
+        `kind`: which of the pipeline's plans runs it. `cached` False: everything is computed, whatever is known.
         """
         with self._lock:
             executor = self.runners.executor(kind, exits)
@@ -246,11 +252,27 @@ class Pipeline:
             room = decoding_bytes(self.resolved.memory_limit)
             alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
             with media.Here() if alone else media.Ahead(workers, room, items_ahead=bucket) as ahead:
-                feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
+                recall = self._recall(kind, executor) if cached else None
+                shares = len(executor.plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
+                feed = Feed(
+                    samples,
+                    self._built.preparations,
+                    executor.plan,
+                    self._limits,
+                    ahead,
+                    recall=recall,
+                    shares=shares,
+                )
                 self.runners.observers.ids = [sample.id for sample in samples]
-                outcome = executor.run(present_NM, feed, answered=answered)
+                try:
+                    outcome = executor.run(present_NM, feed, answered=answered, computed=feed.computed)
+                finally:
+                    if recall is not None:
+                        recall.store.flush()
             outcome.seconds["decode"] = feed.core_seconds
             outcome.decodings = feed.spans
+            outcome.missed = dict(feed.missed)
+            outcome.notes += recall.store.notes() if recall is not None else []
             if exits:
                 self.runners.count(outcome)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
@@ -263,6 +285,20 @@ class Pipeline:
             embeddings=wanted,
         )
         return answers.of(samples, outcome), outcome
+
+    def _recall(self, kind: Kind, executor: Executor) -> Recall | None:
+        """The cache, for one run; not of encoders that somebody observes: they'd see nothing."""
+        plan = executor.plan
+        observed = {plan.segment(name).branch for name in executor.watches}
+        if not plan.restores or observed >= {*plan.restores}:
+            return None
+        if self._forms.get(kind, (None,))[0] is not plan:
+            resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
+            self._forms[kind] = plan, forms(self.config, self._built, resolved, plan, modules, self._limits)
+        if self._store is None:
+            self._store = open_store(self.config.runtime.cache_limit)
+        known = self._forms[kind][1]
+        return Recall(self._store, {name: form for name, form in known.items() if name not in observed})
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -286,6 +322,9 @@ class Pipeline:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
             self.runners.close()
+            if self._store is not None:
+                self._store.close()
+                self._store = None
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
@@ -86,7 +87,7 @@ def resolve(config: Config, made: Cut, device: Device, *, measure: Measure | Non
         device=decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
         dtype=decided("dtype", "float32", "the only type that is implemented"),
         backend=decided("backend", "eager", "the only backend that is implemented"),
-        cache=decided("cache", "off", "no cache is implemented"),
+        cache=decided("cache", *_cache(made.plan, single=measure is not None)),
         memory_limit=int(decided("memory_limit", int(available * _SHARE), of_that)),
         batch_size=decided("batch_size", _ROWS if measure is None else 1, "rows of the one bucket of every segment"),
         schedule="cascade",
@@ -99,6 +100,8 @@ def resolve(config: Config, made: Cut, device: Device, *, measure: Measure | Non
         reasons=reasons,
     )
     reasons["decode_workers"] = f"{cores} cores"
+    if base.cache == "on" and (inside := [b.name for b in made.plan.branches if not made.plan.restorable(b.name)]):
+        reasons["cache"] += f"; not {', '.join(inside)}: an exit, or another branch, looks inside"
     if base.batch_size > 1 and base.batch_size % _ROWS_MULTIPLE:
         base = replace(base, batch_size=base.batch_size + -base.batch_size % _ROWS_MULTIPLE)
         reasons["batch_size"] = f"configured as {runtime.batch_size}; rounded up to a multiple of {_ROWS_MULTIPLE}"
@@ -186,7 +189,21 @@ def placed(plan: Plan, resolved: Resolved) -> Plan:
         lanes=resolved.lanes,
         slots=resolved.slots,
         parallel=resolved.schedule == "parallel",
+        restores=[b.name for b in plan.branches if resolved.cache == "on" and plan.restorable(b.name)],
     )
+
+
+def _cache(plan: Plan, *, single: bool) -> tuple[str, str]:
+    """(what `auto` becomes, why): looking up takes far less than decoding and encoding, but for one sample alone there
+    is nothing to keep that is likely to come again."""
+    if single:
+        return "off", "a single call: what is asked once is seldom asked again"
+    if not any(plan.restorable(branch.name) for branch in plan.branches):
+        return "off", "exits look inside every encoder: an embedding would not stand for it"
+    where = cache_folder()
+    if where is None:
+        return "off", "MMPIPE_CACHE is off"
+    return "on", f"batches: what was encoded before is not decoded or encoded again; in {where}"
 
 
 class _Fits:

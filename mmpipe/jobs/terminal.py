@@ -105,7 +105,8 @@ def _opened(summary: Summary) -> str:
         for name in tally.modalities
         if tally.present[name]
     ]
-    return "files opened: " + (", ".join(opened) or "none")
+    known = [f"{tally.recalled[name]:,} {name}" for name in tally.modalities if tally.recalled[name]]
+    return "files opened: " + (", ".join(opened) or "none") + (f"; known: {', '.join(known)}" if known else "")
 
 
 def _story(kind: str, shown: Shown, limits: media.Limits, width: int) -> Panel:

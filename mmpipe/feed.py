@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from mmpipe.build import Preparation
 from mmpipe.cache import Recall
 from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.plan import Plan
-from mmpipe.media import Ahead, Content, Here, Limits, content_of, estimate_bytes, is_unchanged
+from mmpipe.media import Ahead, Content, Limits, content_of, estimate_bytes, is_unchanged
 from mmpipe.media import load as load_medium
 from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
-from mmpipe.runtime.running import Found, Known, Same
+from mmpipe.runtime.shard import Found, Known, Same
 from mmpipe.types import Sample
 
 
@@ -45,7 +44,7 @@ class Feed:
         preparations: Mapping[str, Preparation],
         plan: Plan,
         limits: Limits,
-        ahead: Ahead | Here,
+        ahead: Ahead,
         *,
         recall: Recall | None = None,
         shares: bool = False,
@@ -60,45 +59,35 @@ class Feed:
         self.spans: list[Decoding] = []
         self._lock = threading.Lock()
 
-    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[Found]:
-        """For each row, in order: the media slot that it was decoded into, its embedding if that is known, a row that
-        is like it, or why there is none."""
-        preparation = self.preparations[branch]
+    def open(self, branch: str, media: MediaRows) -> MediaSource:
+        """The media of one branch, decoded into `media`."""
+        return MediaSource(self, branch, media)
 
-        def load(item: tuple[int, int]) -> Found:
-            row, slot = item
-            clock, began = time.thread_time(), time.perf_counter()
-            try:
-                if self.recall is None or branch not in self.recall.forms:
-                    self._decode(branch, row, slot, media)
-                    return slot
-                return self._found(self.recall, branch, row, slot, media)
-            except MediaError as error:
-                return error
-            finally:
-                span = Decoding(branch, threading.current_thread().name, began, time.perf_counter())
-                with self._lock:
-                    self.core_seconds += time.thread_time() - clock
-                    self.spans.append(span)
+    def close(self) -> None:
+        """Cancel what has not begun, wait for what has."""
+        self.ahead.close()
 
-        def cost(item: tuple[int, int]) -> int:
-            source = self.samples[item[0]].media[branch]
-            return estimate_bytes(branch, source, self.limits, preparation.max_seconds)
+    def load(self, branch: str, row: int, slot: int, media: MediaRows) -> Found:
+        """On any thread: the slot that a medium was decoded into, its embedding if that is known, a row that is like
+        it, or why there is none."""
+        clock, began = time.thread_time(), time.perf_counter()
+        try:
+            if self.recall is None or branch not in self.recall.forms:
+                self._decode(branch, row, slot, media)
+                return slot
+            return self._found(self.recall, branch, row, slot, media)
+        except MediaError as error:
+            return error
+        finally:
+            span = Decoding(branch, threading.current_thread().name, began, time.perf_counter())
+            with self._lock:
+                self.core_seconds += time.thread_time() - clock
+                self.spans.append(span)
 
-        taken: deque[int] = deque()
-
-        def items() -> Iterator[tuple[int, int]]:
-            """Asked for in order, on the consumer's thread: a slot is taken when its row may begin."""
-            for row in rows:
-                taken.append(media.take())
-                yield row, taken[-1]
-
-        with contextlib.closing(self.ahead.map(load, items(), cost)) as loaded:
-            for found in loaded:
-                slot = taken.popleft()
-                if not isinstance(found, int):
-                    media.release(slot)
-                yield found
+    def cost(self, branch: str, row: int) -> int:
+        """Bytes that decoding a medium takes, at most."""
+        seconds = self.preparations[branch].max_seconds
+        return estimate_bytes(branch, self.samples[row].media[branch], self.limits, seconds)
 
     def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
         """Keep the embeddings of rows that were looked up in vain."""
@@ -173,3 +162,52 @@ class Feed:
                     f"the graph has {value.shape} {value.dtype}",
                 )
         return prepared
+
+
+class MediaSource:
+    """The media of one branch, in the order in which they are asked for."""
+
+    def __init__(self, feed: Feed, branch: str, media: MediaRows) -> None:
+        self._media = media
+        self._slot_of: dict[int, int] = {}
+        self._started: deque[int] = deque()
+
+        def load(row: int) -> Found:
+            return feed.load(branch, row, self._slot_of[row], media)
+
+        self._queue = feed.ahead.queue(load, lambda row: feed.cost(branch, row), self._room)
+
+    def put(self, rows: Iterable[int]) -> None:
+        """Ask for rows; they are decoded ahead as far as there is room."""
+        self._queue.put(rows)
+
+    def ready(self) -> bool:
+        """Whether the next is there without waiting."""
+        return self._queue.ready()
+
+    def get(self) -> Found:
+        """The next. Waits."""
+        found = self._queue.get()
+        slot = self._slot_of.pop(self._started.popleft())
+        if not isinstance(found, int):
+            self._media.release(slot)
+        return found
+
+    def unstarted(self) -> int:
+        """Rows that have been asked for and not begun."""
+        return self._queue.unstarted()
+
+    def drop(self) -> None:
+        """Forget what was asked for and not got; its slots are free."""
+        self._queue.drop()
+        for row in self._started:
+            self._media.release(self._slot_of.pop(row))
+        self._started.clear()
+
+    def _room(self, row: int, wait: bool) -> bool:
+        """A slot for a row that is about to begin."""
+        if not wait and not self._media.has_free():
+            return False
+        self._slot_of[row] = self._media.take()
+        self._started.append(row)
+        return True

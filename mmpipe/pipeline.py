@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,7 @@ from mmpipe.resolved import Kind, Resolved
 from mmpipe.runners import Runners
 from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Outcome
+from mmpipe.runtime.shard import Shard
 from mmpipe.types import MODALITIES, Prediction, Sample
 
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
@@ -289,27 +291,62 @@ class Pipeline:
         `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
         exits it is the full pipeline, which looks once. `cached` False: everything is computed, whatever is known.
         """
-        weighed: Mapping[int, Weighed] = {}
         with self._lock:
             outcome = self._executed(samples, kind, exits, cached, answered)
-            if exits:
-                self.runners.count(outcome)
-            if self._deliberation is not None and (exits if deliberate is None else deliberate):
-                last = len(self.plan.exits) - 1
-                weighed = self._deliberation.of(
-                    samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
-                )
-            names = tuple(exit_.name for exit_ in self.plan.exits)
-        wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
+            return self._answered(samples, outcome, kind, exits, embeddings, deliberate, cached), outcome
+
+    def run_shards(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        done: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
+        *,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """As `run` for one shard after the other, but the next one begins before the last has ended. `done` gets each
+        when it has been answered, in order; it must not use the pipeline."""
+        with self._lock:
+            if self._deliberation is not None:  # it runs the same plan again, which a shard in flight is using
+                for samples in shards:
+                    done(samples, *self.run(samples, answered=answered))
+                return
+            self._execute(
+                shards,
+                "batch",
+                True,
+                True,
+                answered,
+                lambda samples, outcome: done(samples, self._answered(samples, outcome), outcome),
+            )
+
+    def _answered(
+        self,
+        samples: Sequence[Sample],
+        outcome: Outcome,
+        kind: Kind = "batch",
+        exits: bool = True,
+        embeddings: bool | None = None,
+        deliberate: bool | None = None,
+        cached: bool = True,
+    ) -> list[Prediction]:
+        """The predictions of a run; samples that it was unsure of are looked at again, where that is configured."""
+        weighed: Mapping[int, Weighed] = {}
+        if exits:
+            self.runners.count(outcome)
+        if self._deliberation is not None and (exits if deliberate is None else deliberate):
+            last = len(self.plan.exits) - 1
+            weighed = self._deliberation.of(
+                samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
+            )
+        configured = self.config.output.embeddings or self.config.task == "embed"
         answers = Answers(
             labels=self.labels,
             dims=self._dims,
-            exits=names,
+            exits=tuple(exit_.name for exit_ in self.plan.exits),
             top_k=self.config.output.top_k,
             probabilities=self.config.output.probabilities,
-            embeddings=wanted,
+            embeddings=configured if embeddings is None else embeddings,
         )
-        return answers.of(samples, outcome, weighed), outcome
+        return answers.of(samples, outcome, weighed)
 
     def _executed(
         self,
@@ -320,30 +357,55 @@ class Pipeline:
         answered: Callable[[int], None] = lambda count: None,
     ) -> Outcome:
         """Run samples through a plan; whoever calls has the lock."""
+        found: list[Outcome] = []
+        self._execute([samples], kind, exits, cached, answered, lambda samples, outcome: found.append(outcome))
+        return found[0]
+
+    def _execute(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        kind: Kind,
+        exits: bool,
+        cached: bool,
+        answered: Callable[[int], None],
+        done: Callable[[Sequence[Sample], Outcome], None],
+    ) -> None:
+        """Run shards through a plan, the next one beginning before the last has ended; `done` gets them in order."""
         executor = self.runners.executor(kind, exits)
-        columns = list(self._built.preparations)
-        present_NM = torch.tensor(
-            [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
-        ).reshape(len(samples), len(columns))
+        plan, columns = executor.plan, list(self._built.preparations)
+        recall = self._recall(kind, executor) if cached else None
+        shares = len(plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
+        flying: deque[tuple[Sequence[Sample], Feed]] = deque()
+
+        def shard_of(samples: Sequence[Sample]) -> Shard:
+            feed = Feed(samples, self._built.preparations, plan, self._limits, ahead, recall=recall, shares=shares)
+            flying.append((samples, feed))
+            present_NM = torch.tensor(
+                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
+            ).reshape(len(samples), len(columns))
+            names = [sample.id for sample in samples]
+            return executor.shard(present_NM, feed, names=names, answered=answered, computed=feed.computed)
+
+        def hand_on(outcome: Outcome) -> None:
+            samples, feed = flying.popleft()
+            outcome.seconds["decode"] = feed.core_seconds
+            outcome.decodings = feed.spans
+            outcome.missed = dict(feed.missed)
+            if recall is not None:
+                recall.store.flush()
+                outcome.notes += recall.store.notes()
+            done(samples, outcome)
+
+        rows = plan.stage_plans[0].rows
         room = decoding_bytes(self.resolved.memory_limit)
-        bucket = executor.plan.stage_plans[0].rows
-        alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
-        with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=bucket) as ahead:
-            recall = self._recall(kind, executor) if cached else None
-            shares = len(executor.plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
-            preparations, limits = self._built.preparations, self._limits
-            feed = Feed(samples, preparations, executor.plan, limits, ahead, recall=recall, shares=shares)
-            self.runners.observers.ids = [sample.id for sample in samples]
+        alone = kind == "call" and shares
+        # two buckets ahead: one that is read next, and one that is being decoded meanwhile
+        with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=2 * rows) as ahead:
             try:
-                outcome = executor.run(present_NM, feed, answered=answered, computed=feed.computed)
+                executor.run_all(map(shard_of, shards), hand_on)
             finally:
                 if recall is not None:
                     recall.store.flush()
-        outcome.seconds["decode"] = feed.core_seconds
-        outcome.decodings = feed.spans
-        outcome.missed = dict(feed.missed)
-        outcome.notes += recall.store.notes() if recall is not None else []
-        return outcome
 
     def _recall(self, kind: Kind, executor: Executor) -> Recall | None:
         """The cache, for one run; not of encoders that somebody observes: they'd see nothing."""

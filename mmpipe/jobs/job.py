@@ -6,11 +6,12 @@ listing ─► shard of samples ─► Engine.run ─► predictions ─► part
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,6 +63,14 @@ class Engine(Protocol):
         deliberate: bool | None = ...,
         answered: Callable[[int], None] = ...,
     ) -> tuple[list[Prediction], Outcome]: ...
+
+    def run_shards(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        done: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
+        *,
+        answered: Callable[[int], None] = ...,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -118,23 +127,28 @@ def run_job(
     with claimed(folder, mode), _Signals() as signals:
         fingerprints = engine.fingerprints(samples)
         stopped: MmpipeError | None = None
-        progress.start(len(samples), "predicting")
-        try:
-            for number, start in enumerate(range(0, len(samples), settings.shard_rows)):
-                shard = samples[start : start + settings.shard_rows]
-                with signals.raised():
-                    trusted = audit is None or audit.exits
-                    predictions, outcome = engine.run(shard, exits=trusted, deliberate=True, answered=progress.advance)
-                clock = time.perf_counter()
+        numbers = itertools.count()
+
+        def commit(shard: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+            clock = time.perf_counter()
+            with signals.held():
                 with writing(folder):
-                    shards.write_shard(folder / shards.FOLDER, number, shards.table(predictions, columns))
+                    shards.write_shard(folder / shards.FOLDER, next(numbers), shards.table(predictions, columns))
                 tally.spend("write", time.perf_counter() - clock)
                 tally.add(shard, predictions, outcome)
+
+        progress.start(len(samples), "predicting")
+        parts = (samples[start : start + settings.shard_rows] for start in range(0, len(samples), settings.shard_rows))
+        try:
+            with signals.raised():
+                if audit is None:
+                    engine.run_shards(parts, commit, answered=progress.advance)
+                for shard in parts if audit is not None else ():
+                    assert audit is not None
+                    answers = engine.run(shard, exits=audit.exits, deliberate=True, answered=progress.advance)
+                    commit(shard, *answers)
+                    audit.look(shard, answers[0])
                 if audit is not None:
-                    with signals.raised():
-                        audit.look(shard, predictions)
-            if audit is not None:
-                with signals.raised():
                     audit.finish()
         except MmpipeError as error:
             stopped = error
@@ -187,6 +201,17 @@ class _Signals:
         self._number = number
         if self._raises:
             raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within `raised()`: what must not be torn. A signal that comes meanwhile raises afterwards."""
+        before, self._raises = self._raises, False
+        try:
+            yield
+        finally:
+            self._raises = before
+        if before and self._number is not None:
+            raise Interrupted(self._number)
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:

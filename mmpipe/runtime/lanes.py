@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from mmpipe.runtime.ledger import Span
 from mmpipe.runtime.pool import Pool
 from mmpipe.runtime.streams import Event, Run, Stream
 
-Deliver = Callable[[Sequence[int], Mapping[str, Tensor]], None]
+Deliver = Callable[[Sequence[Any], Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Watch:
     """Somebody watches a segment: `extra` names what its lowered form returns beyond its writes."""
 
     extra: tuple[str, ...]
-    deliver: Deliver  # rows of the run, name → [rows, …] copies
+    deliver: Deliver  # names of the rows, name → [rows, …] copies
 
 
 @dataclass
@@ -253,6 +254,11 @@ class Lane:
         assert self.work is not None
         self.events[f"out:{segment}"].wait()
         return self.work.views[f"{segment}/answer/{value}"]
+
+    def ended(self) -> bool:
+        """Whether every step has ended, so that `end` need not wait."""
+        assert self.work is not None
+        return all(self.events[name].done() for name in self.work.stage_plan.ends if name in self.events)
 
     def end(self) -> list[Span]:
         """Wait for every step; the lane is free again. Raises StepFailed."""

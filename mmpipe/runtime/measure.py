@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import HEAD, Value
 from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Gate
@@ -25,12 +24,35 @@ class MadeUp:
     def __init__(self, executor: Executor) -> None:
         self.values = {value.name: value for value in executor.plan.values}
 
-    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[int | MediaError]:
+    def open(self, branch: str, media: MediaRows) -> _MadeUpSource:
+        """One branch's."""
         inputs = {name: plausible(self.values[f"{branch}.{name}"]) for name in media.tables}
-        for _ in rows:
-            slot = media.take()
-            media.fill(slot, inputs)
-            yield slot
+        return _MadeUpSource(media, inputs)
+
+    def close(self) -> None:
+        """Nothing is at work."""
+
+
+class _MadeUpSource:
+    def __init__(self, media: MediaRows, inputs: Mapping[str, Tensor]) -> None:
+        self.media, self.inputs = media, inputs
+
+    def put(self, rows: Iterable[int]) -> None:
+        pass
+
+    def ready(self) -> bool:
+        return self.media.has_free()
+
+    def get(self) -> int:
+        slot = self.media.take()
+        self.media.fill(slot, self.inputs)
+        return slot
+
+    def unstarted(self) -> int:
+        return 0
+
+    def drop(self) -> None:
+        pass
 
 
 def plausible(value: Value) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.answers import FULL
+from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
 from mmpipe.config import Config, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
@@ -54,10 +55,20 @@ class Built:
     thresholds: tuple[float, ...]  # one per exit but the last
     removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
     notes: tuple[str, ...]
+    temperatures: tuple[float, ...] = (1.0,)  # one per exit
+    confidence: str = "max_probability"
+    max_disagreement: float | None = None  # what the exits promise; None: nothing
+    core: str = ""  # fingerprint of the model less its exits: what a calibration binds to
+    head: nn.Module | None = None  # as it was captured; None for embed
+    calibration: Calibration | None = None  # whose exits these are; the caller checks type and backend
 
 
-def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Built:
-    """Load encoders and head, capture and fuse them. `say` is told what takes time. ConfigError or ModelError."""
+def build(config: Config, *, say: Callable[[str], None] = lambda text: None, without_exits: str = "") -> Built:
+    """Load encoders and head, capture and fuse them. `say` is told what takes time. ConfigError or ModelError.
+
+    `without_exits`: why the calibration's exits are left out, where they are.
+    """
+    calibration = read_calibration(config) if config.fusion.calibration is not None else None
     encoders: dict[str, Encoder] = {}
     modality: str
     for modality, settings in config.encoders.items():
@@ -76,14 +87,20 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> 
     dims = {modality: encoder.dim for modality, encoder in encoders.items()}
     checkpoint = _checkpoint(config)
     head = _head(config, encoders, dims, checkpoint) if config.task == "classify" else None
+    modules = {modality: encoder.module for modality, encoder in encoders.items()}
+    options = {str(modality): settings.options for modality, settings in config.encoders.items()}
+    prepared = {name: _settings(encoder, options[name]) for name, encoder in encoders.items()}
+    core = core_fingerprint(modules, head, config, prepared)
+    del modules  # the encoders let them go once they are captured
+    if calibration is not None and not without_exits and calibration.binds_to.model != core:
+        without_exits = not_bound(config, mismatch(calibration, model=core, dtype="", backends=()) or "")
+    gating = _gating(config, calibration, without_exits)
     say("capturing and fusing")
     branches = []
     for modality, encoder in encoders.items():
         with _as_config_error(config, f"encoders.{modality}.model"):
             branches.append(_captured(encoder, modality))
-    specs = [
-        _exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(config.fusion.exits)
-    ]
+    specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(gating.exits)]
     with _as_config_error(config, "fusion.exits" if specs else "fusion.head"):
         captured_head = _captured_head(head, dims) if head is not None else None
         if captured_head is not None:
@@ -91,11 +108,41 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> 
         graph = fuse(branches, captured_head, specs)
         removed = optimise(graph)
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
-    if config.fusion.head == "zero_shot" and config.fusion.exits:
+    if config.fusion.head == "zero_shot" and gating.exits and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
-    options = {str(modality): settings.options for modality, settings in config.encoders.items()}
-    preparations = {modality: _preparation(encoder, options[modality]) for modality, encoder in encoders.items()}
-    return Built(graph, preparations, labels, tuple(e.threshold for e in config.fusion.exits), removed, tuple(notes))
+    preparations = {modality: _preparation(encoder, prepared[modality]) for modality, encoder in encoders.items()}
+    if without_exits:
+        notes.append(f"exits: none, every sample is answered in full: {without_exits}")
+    elif calibration is not None and not calibration.exits:
+        notes.append("exits: none, every sample is answered in full: the calibration could certify none")
+    return Built(
+        graph,
+        preparations,
+        labels,
+        gating.thresholds,
+        removed,
+        tuple(notes),
+        temperatures=gating.temperatures,
+        confidence=gating.confidence,
+        max_disagreement=gating.max_disagreement,
+        core=core,
+        head=head,
+        calibration=None if without_exits else calibration,
+    )
+
+
+def not_bound(config: Config, why: str) -> str:
+    """What becomes of a calibration that doesn't hold: a ConfigError, or with `on_mismatch: full` the reason back."""
+    if config.fusion.on_mismatch == "full":
+        return f"{config.fusion.calibration} does not hold: {why}"
+    hint = "run mmpipe calibrate again, or set fusion.on_mismatch: full to run without exits"
+    raise config.error(KEY, f"{config.fusion.calibration} does not hold here: {why}", hint)
+
+
+def _gating(config: Config, calibration: Calibration | None, without_exits: str) -> Gating:
+    if without_exits or calibration is None:
+        return by_hand(config, exits=not without_exits)
+    return certified(calibration)
 
 
 def pull_weights(
@@ -130,15 +177,20 @@ def _notes(encoder: Encoder) -> tuple[str, ...]:
     return encoder.notes if isinstance(encoder, BuiltEncoder) else ()
 
 
-def _preparation(encoder: Encoder, options: Mapping[str, Any]) -> Preparation:
+def _settings(encoder: Encoder, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All that shapes prepare(), as far as it can be told."""
+    if isinstance(encoder, BuiltEncoder):
+        return {**encoder.preprocessing, "files": _small_files(encoder.files)}
+    name = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
+    own = getattr(encoder, "preprocessing", None)  # what its author says shapes prepare()
+    return {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own}
+
+
+def _preparation(encoder: Encoder, settings: Mapping[str, Any]) -> Preparation:
+    seconds = None
     if isinstance(encoder, BuiltEncoder):
         encoder.release()
-        settings, seconds = {**encoder.preprocessing, "files": _small_files(encoder.files)}, encoder.max_seconds
-    else:
-        name = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
-        own = getattr(encoder, "preprocessing", None)  # what its author says shapes prepare()
-        settings = {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own}
-        seconds = None
+        seconds = encoder.max_seconds
     return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, settings, _notes(encoder))
 
 

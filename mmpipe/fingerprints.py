@@ -30,7 +30,7 @@ from mmpipe.config import Config
 from mmpipe.graphs.digest import digest as digest_of
 from mmpipe.graphs.plan import Plan
 from mmpipe.media import Limits
-from mmpipe.placing import Resolved
+from mmpipe.resolved import Resolved
 from mmpipe.types import Sample
 
 _PACKAGES = (
@@ -79,7 +79,9 @@ def fingerprints(
     job = _hash(
         numerics,
         list(built.thresholds),
-        config.fusion.confidence,
+        list(built.temperatures),
+        built.confidence,
+        config.fusion.model_dump(mode="json", include={"audit", "deliberate"}),
         config.input.model_dump(mode="json"),
         config.output.model_dump(mode="json", exclude={"folder", "thumbnails"}),
         ids.hexdigest(),

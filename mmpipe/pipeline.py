@@ -21,25 +21,28 @@ import torch
 from torch.fx import GraphModule
 
 from mmpipe import media
-from mmpipe.answers import FULL, Answers
-from mmpipe.build import Built, build
-from mmpipe.cache import Form, Layers, Recall
-from mmpipe.cache import opened as open_store
-from mmpipe.config import Config, load
+from mmpipe.answers import FULL, Answers, Weighed
+from mmpipe.budget import decoding_bytes
+from mmpipe.build import Built, build, not_bound
+from mmpipe.calibrated import mismatch
+from mmpipe.config import AuditConfig, Config, load
+from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
-from mmpipe.fingerprints import fingerprints, forms, versions
+from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
+from mmpipe.jobs.auditing import AuditSettings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
-from mmpipe.placing import Resolved, decoding_bytes, device_of
-from mmpipe.runners import Kind, Runners
-from mmpipe.runtime.executor import Executor
+from mmpipe.placing import device_of
+from mmpipe.recalling import Recalling
+from mmpipe.resolved import Kind, Resolved
+from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -61,11 +64,25 @@ class Pipeline:
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
-        self.runners = Runners(config, self._built.graph, self._built.thresholds, device)
-        self.resolved: Resolved = self.runners.resolved()
-        self._store: Layers | None = None  # opened when it is first needed
-        self._forms: dict[Kind, tuple[Plan, dict[str, Form]]] = {}
+        self.runners = Runners(config, self._built, device)
+        self.runners.resolved()  # what does not fit is refused now
+        if reason := self._not_calibrated_for():
+            with collector_paused():
+                self._built = build(config, say=say, without_exits=reason)
+            self.runners = Runners(config, self._built, device)
+            self.runners.resolved()
+        self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
+        self._recalling = Recalling(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
+
+    def _not_calibrated_for(self) -> str:
+        """Why the calibration's exits are left out, now that number type and backend are known; "": they stay."""
+        calibration = self._built.calibration
+        if calibration is None:
+            return ""
+        dtype, backends = self.resolved.dtype, [self.resolved.backend]
+        why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends)
+        return not_bound(self.config, why) if why else ""
 
     @classmethod
     def load(
@@ -98,6 +115,12 @@ class Pipeline:
         """Each segment's part of the graph: inputs then reads → tuple of writes."""
         with self._lock:
             return self.runners.cut.modules
+
+    @property
+    def resolved(self) -> Resolved:
+        """What every `auto` became, for batches, and why."""
+        with self._lock:
+            return self.runners.resolved()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -176,7 +199,10 @@ class Pipeline:
         if out is None:
             raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
         refuse(out, mode, inside=input_root(self.config, folder))
-        return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
+        listing = self.find(folder)
+        with self._lock:
+            self.runners.settle(len(listing.samples[:limit]))
+        return run_job(self, listing, out, mode=mode, limit=limit, progress=progress)
 
     @contextlib.contextmanager
     def observe(self, where: str, callback: Observer) -> Iterator[None]:
@@ -215,6 +241,22 @@ class Pipeline:
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
+            audit=self._audit(),
+        )
+
+    def _audit(self) -> AuditSettings | None:
+        """What folder jobs audit: as configured; by default 1% where a calibration promised something."""
+        settings, promised = self.config.fusion.audit, self._built.max_disagreement
+        if settings is None and promised is not None:
+            settings = AuditConfig()
+        if settings is None or not settings.share or len(self.plan.exits) < 2:
+            return None
+        return AuditSettings(
+            share=settings.share,
+            disable=settings.on_drift == "disable",
+            promised=promised,
+            last_exit=self.plan.exits[-1].name,
+            batch=self.resolved.batch_size,
         )
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
@@ -235,70 +277,68 @@ class Pipeline:
         embeddings: bool | None = None,
         kind: Kind = "batch",
         cached: bool = True,
+        deliberate: bool | None = None,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
-        """One shard: predictions in order, and the trace of the run. `answered` is told of progress.
+        """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
+        progress.
 
-        `kind`: which of the pipeline's plans runs it. `cached` False: everything is computed, whatever is known.
+        `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
+        exits it is the full pipeline, which looks once. `cached` False: all is computed, whatever is known.
         """
+        weighed: Mapping[int, Weighed] = {}
         with self._lock:
-            executor = self.runners.executor(kind, exits)
-            columns = list(self._built.preparations)
-            present_NM = torch.tensor(
-                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
-            ).reshape(len(samples), len(columns))
-            workers = self.resolved.decode_workers
-            bucket = executor.plan.stage_plans[0].rows
-            room = decoding_bytes(self.resolved.memory_limit)
-            alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
-            with media.Here() if alone else media.Ahead(workers, room, items_ahead=bucket) as ahead:
-                recall = self._recall(kind, executor) if cached else None
-                shares = len(executor.plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
-                feed = Feed(
-                    samples,
-                    self._built.preparations,
-                    executor.plan,
-                    self._limits,
-                    ahead,
-                    recall=recall,
-                    shares=shares,
-                )
-                self.runners.observers.ids = [sample.id for sample in samples]
-                try:
-                    outcome = executor.run(present_NM, feed, answered=answered, computed=feed.computed)
-                finally:
-                    if recall is not None:
-                        recall.store.flush()
-            outcome.seconds["decode"] = feed.core_seconds
-            outcome.decodings = feed.spans
-            outcome.missed = dict(feed.missed)
-            outcome.notes += recall.store.notes() if recall is not None else []
+            outcome = self._executed(samples, kind, exits, cached, answered)
             if exits:
                 self.runners.count(outcome)
+            if self._deliberation is not None and (exits if deliberate is None else deliberate):
+                last = len(self.plan.exits) - 1
+                weighed = self._deliberation.of(
+                    samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
+                )
+            names = tuple(exit_.name for exit_ in self.plan.exits)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
         answers = Answers(
             labels=self.labels,
             dims=self._dims,
-            exits=tuple(exit_.name for exit_ in executor.plan.exits),
+            exits=names,
             top_k=self.config.output.top_k,
             probabilities=self.config.output.probabilities,
             embeddings=wanted,
         )
-        return answers.of(samples, outcome), outcome
+        return answers.of(samples, outcome, weighed), outcome
 
-    def _recall(self, kind: Kind, executor: Executor) -> Recall | None:
-        """The cache, for one run; not of encoders that somebody observes: they'd see nothing."""
-        plan = executor.plan
-        observed = {plan.segment(name).branch for name in executor.watches}
-        if not plan.restores or observed >= {*plan.restores}:
-            return None
-        if self._forms.get(kind, (None,))[0] is not plan:
-            resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
-            self._forms[kind] = plan, forms(self.config, self._built, resolved, plan, modules, self._limits)
-        if self._store is None:
-            self._store = open_store(self.config.runtime.cache_limit)
-        known = self._forms[kind][1]
-        return Recall(self._store, {name: form for name, form in known.items() if name not in observed})
+    def _executed(
+        self,
+        samples: Sequence[Sample],
+        kind: Kind,
+        exits: bool,
+        cached: bool,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> Outcome:
+        """Run samples through a plan; whoever calls has the lock."""
+        executor = self.runners.executor(kind, exits)
+        columns = list(self._built.preparations)
+        present_NM = torch.tensor(
+            [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
+        ).reshape(len(samples), len(columns))
+        room = decoding_bytes(self.resolved.memory_limit)
+        bucket = executor.plan.stage_plans[0].rows
+        alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
+        with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=bucket) as ahead:
+            recall = self._recalling.of(kind, executor) if cached else None
+            feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead, recall=recall)
+            self.runners.observers.ids = [sample.id for sample in samples]
+            try:
+                outcome = executor.run(present_NM, feed, answered=answered, computed=feed.computed)
+            finally:
+                if recall is not None:
+                    recall.store.flush()
+        outcome.seconds["decode"] = feed.core_seconds
+        outcome.decodings = feed.spans
+        outcome.missed = dict(feed.missed)
+        outcome.notes += recall.store.notes() if recall is not None else []
+        return outcome
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -322,9 +362,7 @@ class Pipeline:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
             self.runners.close()
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+            self._recalling.close()
 
     def __enter__(self) -> Self:
         return self

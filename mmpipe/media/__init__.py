@@ -2,9 +2,10 @@
 
 from mmpipe.media.ahead import Ahead, Here
 from mmpipe.media.content import Content, content_of, is_unchanged
-from mmpipe.media.decode import estimate_bytes, load
+from mmpipe.media.decode import estimate_bytes, load, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
+from mmpipe.media.views import View
 
 __all__ = [
     "SUFFIXES",
@@ -14,9 +15,11 @@ __all__ = [
     "Limits",
     "Listing",
     "Samples",
+    "View",
     "content_of",
     "estimate_bytes",
     "find",
     "is_unchanged",
     "load",
+    "sound_seconds",
 ]

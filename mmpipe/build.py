@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmpipe.answers import FULL
 from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
-from mmpipe.config import Config, ExitConfig, ModalityConfig
+from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
 from mmpipe.encoders.own import source_digest
@@ -88,9 +88,9 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None, wit
     checkpoint = _checkpoint(config)
     head = _head(config, encoders, dims, checkpoint) if config.task == "classify" else None
     modules = {modality: encoder.module for modality, encoder in encoders.items()}
-    options = {str(modality): settings.options for modality, settings in config.encoders.items()}
-    prepared = {name: _settings(encoder, options[name]) for name, encoder in encoders.items()}
-    core = core_fingerprint(modules, head, config, prepared)
+    by_name: dict[str, EncoderConfig] = {str(name): its for name, its in config.encoders.items()}
+    prepared_by = {name: _settings(encoder, by_name[name].options) for name, encoder in encoders.items()}
+    core = core_fingerprint(modules, head, config, prepared_by)
     del modules  # the encoders let them go once they are captured
     if calibration is not None and not without_exits and calibration.binds_to.model != core:
         without_exits = not_bound(config, mismatch(calibration, model=core, dtype="", backends=()) or "")
@@ -110,7 +110,7 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None, wit
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
     if config.fusion.head == "zero_shot" and gating.exits and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
-    preparations = {modality: _preparation(encoder, prepared[modality]) for modality, encoder in encoders.items()}
+    preparations = {name: _preparation(encoder, prepared_by[name]) for name, encoder in encoders.items()}
     if without_exits:
         notes.append(f"exits: none, every sample is answered in full: {without_exits}")
     elif calibration is not None and not calibration.exits:

@@ -79,7 +79,7 @@ def test_rows_have_the_same_bytes_with_and_without(weights, folder, exits, runti
     assert known == want
     if "schedule" not in runtime or exits is None:  # else what was speculation may have been dropped the first time
         assert (ran(outcome), outcome.missed) == ({}, {})
-        assert sum(outcome.files_opened.values()) == 0
+        assert outcome.recalled == outcome.files_opened
 
 
 @pytest.mark.parametrize("layout", ["one", "caller", "lanes", "staged", "branches"])
@@ -133,7 +133,7 @@ def test_another_head_and_other_labels_run_no_encoder(weights, folder, tmp_path)
     assert first.run["cache"] == {"hits": {"image": 0, "text": 0, "audio": 0}, "misses": first.run["files_opened"]}
     assert second.run["cache"] == {"hits": first.run["files_opened"], "misses": {"image": 0, "text": 0, "audio": 0}}
     assert [*second.run["seconds"]["segments"]] == ["head@0"]
-    assert second.run["files_opened"] == {"image": 0, "text": 0, "audio": 0}
+    assert second.run["files_opened"] == first.run["files_opened"]
     tables = [pq.read_table(tmp_path / name / "predictions") for name in ("second", "third")]
     assert tables[0].equals(tables[1])
     assert set(tables[0]["label"].to_pylist()) <= set(labels)

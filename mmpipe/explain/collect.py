@@ -42,7 +42,7 @@ def explain(
     warm = samples[: 4 * pipeline.resolved.batch_size]
     pipeline.run(warm, deliberate=False, cached=False)  # what is slow only once: memory, kernels, caches
     began = time.perf_counter()
-    # one look, and all of it computed: what is told of is one plan's run
+    # one look, nothing known: what is told of is one plan's run
     predictions, outcome = pipeline.run(samples, deliberate=False, cached=False)
     wall = time.perf_counter() - began
     plan = pipeline.plan

@@ -235,5 +235,5 @@ def _run_json(
         "resolved": dict(settings.resolved),
         "fingerprints": dict(fingerprints),
         "versions": dict(settings.versions),
-        "notes": [*settings.notes, *tally.notes, *(audit.notes if audit is not None else ())],
+        "notes": [*settings.notes, *(audit.notes if audit is not None else ()), *tally.notes],
     }

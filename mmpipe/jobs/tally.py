@@ -98,8 +98,8 @@ class Tally:
         self.notes += [note for note in outcome.notes if note not in self.notes]
 
     def reached(self, modality: str) -> int:
-        """Media that a run needed: those that it opened, and those whose embedding was known."""
-        return min(self.files_opened[modality] + self.recalled[modality], self.present[modality])
+        """Media that a run needed; speculation may open more than there are."""
+        return min(self.files_opened[modality], self.present[modality])
 
     def spend(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

@@ -110,8 +110,8 @@ class Ledger:
             self.outcome.failures.setdefault(row, {})[branch] = failure
 
     def recalled(self, branch: str, row: int) -> None:
-        """A row's embedding is known: its medium is used, though not decoded."""
-        self.outcome.opened_NM[row, self.columns[branch]] = True
+        """A row's embedding is known: its file was read, though not decoded."""
+        self.opened(branch, row, None)
         self.outcome.recalled[branch] = self.outcome.recalled.get(branch, 0) + 1
 
     def wants_head(self, segment: Segment, row: int) -> bool:

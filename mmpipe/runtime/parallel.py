@@ -20,8 +20,7 @@ class Parallel(Running):
         for start in range(0, self.count, self.bucket):
             self._bucket(everyone[start : start + self.bucket])
         self.land()
-        known = self.ledger.outcome.recalled
-        self.ledger.outcome.files_opened = {name: len(rows) - known.get(name, 0) for name, rows in asked.items()}
+        self.ledger.outcome.files_opened = {name: len(rows) for name, rows in asked.items()}
         self.ledger.forget_speculation()
 
     def _bucket(self, rows: list[int]) -> None:

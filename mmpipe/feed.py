@@ -35,7 +35,7 @@ class Feed:
     """Opens and prepares media on threads, ahead of the model, within the bound on memory.
 
     With `recall` a medium is looked up before it is decoded, on the same threads: what is known is not decoded.
-    `shares`: nor is what another row of the run is decoding; those that wait for one another need a cascade.
+    Nor is, in a cascade, what another row of the run is decoding; a parallel run does not wait for another's answer.
     """
 
     def __init__(
@@ -47,10 +47,9 @@ class Feed:
         ahead: Ahead,
         *,
         recall: Recall | None = None,
-        shares: bool = False,
     ) -> None:
         self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
-        self.recall, self.shares = recall, shares
+        self.recall, self.shares = recall, len(plan.stage_plans[0].stages) == 1
         self.missed: Counter[str] = Counter()  # branch → media that were looked up in vain
         self._claims: dict[tuple[str, bytes], _Claim] = {}
         self._keep: dict[tuple[str, int], bytes] = {}  # (branch, row) → what its embedding is to be kept under

@@ -25,14 +25,12 @@ from mmpipe import media
 from mmpipe.answers import FULL, Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build, not_bound
-from mmpipe.cache import Form, Layers, Recall
-from mmpipe.cache import opened as open_store
 from mmpipe.calibrated import mismatch
 from mmpipe.config import AuditConfig, Config, load
 from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
-from mmpipe.fingerprints import fingerprints, forms, versions
+from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.jobs.auditing import AuditSettings
@@ -43,9 +41,9 @@ from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
 from mmpipe.placing import device_of
+from mmpipe.recalling import Recalling
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runners import Runners
-from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Shard
 from mmpipe.types import MODALITIES, Prediction, Sample
@@ -76,8 +74,7 @@ class Pipeline:
             self.runners = Runners(config, self._built, device)
             self.runners.resolved()
         self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
-        self._store: Layers | None = None  # opened when it is first needed
-        self._forms: dict[Kind, tuple[Plan, dict[str, Form]]] = {}
+        self._recalling = Recalling(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
 
     def _not_calibrated_for(self) -> str:
@@ -281,15 +278,15 @@ class Pipeline:
         exits: bool = True,
         embeddings: bool | None = None,
         kind: Kind = "batch",
-        deliberate: bool | None = None,
         cached: bool = True,
+        deliberate: bool | None = None,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
         progress.
 
         `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
-        exits it is the full pipeline, which looks once. `cached` False: everything is computed, whatever is known.
+        exits it is the full pipeline, which looks once. `cached` False: all is computed, whatever is known.
         """
         with self._lock:
             outcome = self._executed(samples, kind, exits, cached, answered)
@@ -373,12 +370,11 @@ class Pipeline:
         """Run shards through a plan, the next one beginning before the last has ended; `done` gets them in order."""
         executor = self.runners.executor(kind, exits)
         plan, columns = executor.plan, list(self._built.preparations)
-        recall = self._recall(kind, executor) if cached else None
-        shares = len(plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
+        recall = self._recalling.of(kind, executor) if cached else None
         flying: deque[tuple[Sequence[Sample], Feed]] = deque()
 
         def shard_of(samples: Sequence[Sample]) -> Shard:
-            feed = Feed(samples, self._built.preparations, plan, self._limits, ahead, recall=recall, shares=shares)
+            feed = Feed(samples, self._built.preparations, plan, self._limits, ahead, recall=recall)
             flying.append((samples, feed))
             present_NM = torch.tensor(
                 [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
@@ -398,7 +394,7 @@ class Pipeline:
 
         rows = plan.stage_plans[0].rows
         room = decoding_bytes(self.resolved.memory_limit)
-        alone = kind == "call" and shares
+        alone = kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile
         with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=2 * rows) as ahead:
             try:
@@ -406,20 +402,6 @@ class Pipeline:
             finally:
                 if recall is not None:
                     recall.store.flush()
-
-    def _recall(self, kind: Kind, executor: Executor) -> Recall | None:
-        """The cache, for one run; not of encoders that somebody observes: they'd see nothing."""
-        plan = executor.plan
-        observed = {plan.segment(name).branch for name in executor.watches}
-        if not plan.restores or observed >= {*plan.restores}:
-            return None
-        if self._forms.get(kind, (None,))[0] is not plan:
-            resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
-            self._forms[kind] = plan, forms(self.config, self._built, resolved, plan, modules, self._limits)
-        if self._store is None:
-            self._store = open_store(self.config.runtime.cache_limit)
-        known = self._forms[kind][1]
-        return Recall(self._store, {name: form for name, form in known.items() if name not in observed})
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -443,9 +425,7 @@ class Pipeline:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
             self.runners.close()
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+            self._recalling.close()
 
     def __enter__(self) -> Self:
         return self

@@ -277,3 +277,13 @@ def test_a_folder_that_cant_be_written_is_said_in_run_json(weights, folder, tmp_
             run = pipeline.run_folder(folder, tmp_path / "out", mode="overwrite").run
             assert bool(run["cache"]["hits"]["image"]) == hits
             assert sum("memory only" in note for note in run["notes"]) == 1
+
+
+def test_a_view_of_a_medium_is_another_content(weights, folder):
+    from mmpipe.media import View, content_of, is_unchanged
+
+    path = next(folder.glob("*.png"))
+    views = [path, View(path, box=(0.0, 0.0, 0.5, 0.5)), View(path, mirrored=True), View(path, start=1.0)]
+    contents = [content_of("image", view) for view in views]
+    assert len({content.digest for content in contents}) == len(views)
+    assert all(is_unchanged("image", view, content) for view, content in zip(views, contents, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from mmpipe.errors import MediaError
 from mmpipe.media.decode import is_file, opened
 from mmpipe.media.limits import Limits
+from mmpipe.media.views import View
 
 _CHUNK = 1 << 18  # bytes read at once
 _MOST_BYTES = 64_000_000  # of a file: reading more takes longer than encoding what is heard of it
@@ -35,6 +36,10 @@ def content_of(modality: str, source: Any, limits: Limits = Limits()) -> Content
     read: `load` says why. Never raises.
     """
     try:
+        if isinstance(source, View):
+            part = repr((source.start, source.box, source.mirrored)).encode()
+            whole = content_of(modality, source.source, limits)
+            return None if whole is None else replace(whole, digest=_hash(b"view " + part, whole.digest))
         if isinstance(source, str) and modality == "text":
             return Content(_hash(b"text", source.encode("utf-8", "surrogatepass")))
         if is_file(source):
@@ -55,7 +60,7 @@ def is_unchanged(modality: str, source: Any, content: Content, limits: Limits = 
     if content.stamp is None:
         return True
     try:
-        if _stamp(os.stat(source)) != content.stamp:
+        if _stamp(os.stat(source.source if isinstance(source, View) else source)) != content.stamp:
             return False
     except OSError:
         return False

@@ -23,7 +23,7 @@ from mmpipe.config import Config, DeliberateConfig
 from mmpipe.errors import MediaError
 from mmpipe.fusion import gate
 from mmpipe.fusion.views import weigh
-from mmpipe.media import Limits, load, sound_seconds, views
+from mmpipe.media import Limits, load, picture_size, sound_seconds, views
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Sample
 
@@ -96,7 +96,7 @@ class Deliberation:
         """What there is to see of one medium, the first look first; that alone where nothing tells of more."""
         count, preparation = self.settings.views, self.preparations[modality]
         if modality == "image":
-            return views.of_picture(source, count)
+            return views.of_picture(source, count, picture_size(source, self.limits))
         if modality == "audio":
             seconds = sound_seconds(source, self.limits)
             return views.of_sound(source, count, seconds, preparation.max_seconds)

@@ -1,7 +1,7 @@
 """Folders and manifests → samples; limits; decoding; work ahead of its consumer. Imports no torch."""
 
 from mmpipe.media.ahead import Ahead, Here
-from mmpipe.media.decode import estimate_bytes, load, sound_seconds
+from mmpipe.media.decode import estimate_bytes, load, picture_size, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
 from mmpipe.media.views import View
@@ -17,5 +17,6 @@ __all__ = [
     "estimate_bytes",
     "find",
     "load",
+    "picture_size",
     "sound_seconds",
 ]

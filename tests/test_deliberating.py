@@ -15,7 +15,7 @@ from mmpipe.deliberating import characters_read
 from mmpipe.errors import ConfigError, MediaError
 
 BELOW = 0.9
-EXITS = [{"after": "image", "threshold": 0.95}, {"after": ["image", "text"], "threshold": 0.9}]
+EXITS = [{"after": "image", "threshold": 0.965}, {"after": ["image", "text"], "threshold": 0.9}]
 LONG = np.random.default_rng(3).normal(0, 0.1, 16_000 * 9).astype(np.float32), 16_000
 TEXT = "red old oak tall tea desk paper steel soft light blue signed " * 5
 

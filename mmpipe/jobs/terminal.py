@@ -59,8 +59,8 @@ def show_summary(summary: Summary, *, packaged: str | None = None, console: Outp
     for kind in _TITLES:
         if kind in tally.stories:
             out.print(_story(kind, tally.stories[kind].shown, summary.limits, min(out.width, 80)))
-    for line in _checks(run):
-        out.print(line + "\n")
+    for told in _checks(run):
+        out.print(told + "\n")
     if tally.failures:
         out.print(_failures(tally.failures, tally.status["failed"], tally.status["partial"]))
     seconds = run["seconds"]

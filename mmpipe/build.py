@@ -5,18 +5,23 @@ The only place where encoders, fusion and graphs meet; their errors become mmpip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmpipe.answers import FULL
-from mmpipe.config import Config, ExitConfig, ModalityConfig
+from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
+from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
+from mmpipe.encoders.own import source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
 from mmpipe.fusion.heads import DepthHead, HeadError, ZeroShotHead, prompt_prototypes
@@ -24,6 +29,8 @@ from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
+
+_TEXTS = (".json", ".txt", ".model", ".bpe", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,20 @@ class Built:
     thresholds: tuple[float, ...]  # one per exit but the last
     removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
     notes: tuple[str, ...]
-    max_disagreement: float | None = None  # a calibration's promise; None: there is none
+    temperatures: tuple[float, ...] = (1.0,)  # one per exit
+    confidence: str = "max_probability"
+    max_disagreement: float | None = None  # what the exits promise; None: nothing
+    core: str = ""  # fingerprint of the model less its exits: what a calibration binds to
+    head: nn.Module | None = None  # as it was captured; None for embed
+    calibration: Calibration | None = None  # whose exits these are; the caller checks type and backend
 
 
-def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> Built:
-    """Load encoders and head, capture and fuse them. `say` is told what takes time. ConfigError or ModelError."""
+def build(config: Config, *, say: Callable[[str], None] = lambda text: None, without_exits: str = "") -> Built:
+    """Load encoders and head, capture and fuse them. `say` is told what takes time. ConfigError or ModelError.
+
+    `without_exits`: why the calibration's exits are left out, where they are.
+    """
+    calibration = read_calibration(config) if config.fusion.calibration is not None else None
     encoders: dict[str, Encoder] = {}
     modality: str
     for modality, settings in config.encoders.items():
@@ -71,14 +87,20 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> 
     dims = {modality: encoder.dim for modality, encoder in encoders.items()}
     checkpoint = _checkpoint(config)
     head = _head(config, encoders, dims, checkpoint) if config.task == "classify" else None
+    modules = {modality: encoder.module for modality, encoder in encoders.items()}
+    by_name: dict[str, EncoderConfig] = {str(name): its for name, its in config.encoders.items()}
+    prepared_by = {name: _settings(encoder, by_name[name].options) for name, encoder in encoders.items()}
+    core = core_fingerprint(modules, head, config, prepared_by)
+    del modules  # the encoders let them go once they are captured
+    if calibration is not None and not without_exits and calibration.binds_to.model != core:
+        without_exits = not_bound(config, mismatch(calibration, model=core, dtype="", backends=()) or "")
+    gating = _gating(config, calibration, without_exits)
     say("capturing and fusing")
     branches = []
     for modality, encoder in encoders.items():
         with _as_config_error(config, f"encoders.{modality}.model"):
             branches.append(_captured(encoder, modality))
-    specs = [
-        _exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(config.fusion.exits)
-    ]
+    specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(gating.exits)]
     with _as_config_error(config, "fusion.exits" if specs else "fusion.head"):
         captured_head = _captured_head(head, dims) if head is not None else None
         if captured_head is not None:
@@ -86,10 +108,41 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None) -> 
         graph = fuse(branches, captured_head, specs)
         removed = optimise(graph)
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
-    if config.fusion.head == "zero_shot" and config.fusion.exits:
+    if config.fusion.head == "zero_shot" and gating.exits and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
-    preparations = {modality: _preparation(encoder) for modality, encoder in encoders.items()}
-    return Built(graph, preparations, labels, tuple(e.threshold for e in config.fusion.exits), removed, tuple(notes))
+    preparations = {name: _preparation(encoder, prepared_by[name]) for name, encoder in encoders.items()}
+    if without_exits:
+        notes.append(f"exits: none, every sample is answered in full: {without_exits}")
+    elif calibration is not None and not calibration.exits:
+        notes.append("exits: none, every sample is answered in full: the calibration could certify none")
+    return Built(
+        graph,
+        preparations,
+        labels,
+        gating.thresholds,
+        removed,
+        tuple(notes),
+        temperatures=gating.temperatures,
+        confidence=gating.confidence,
+        max_disagreement=gating.max_disagreement,
+        core=core,
+        head=head,
+        calibration=None if without_exits else calibration,
+    )
+
+
+def not_bound(config: Config, why: str) -> str:
+    """What becomes of a calibration that doesn't hold: a ConfigError, or with `on_mismatch: full` the reason back."""
+    if config.fusion.on_mismatch == "full":
+        return f"{config.fusion.calibration} does not hold: {why}"
+    hint = "run mmpipe calibrate again, or set fusion.on_mismatch: full to run without exits"
+    raise config.error(KEY, f"{config.fusion.calibration} does not hold here: {why}", hint)
+
+
+def _gating(config: Config, calibration: Calibration | None, without_exits: str) -> Gating:
+    if without_exits or calibration is None:
+        return by_hand(config, exits=not without_exits)
+    return certified(calibration)
 
 
 def pull_weights(
@@ -124,13 +177,31 @@ def _notes(encoder: Encoder) -> tuple[str, ...]:
     return encoder.notes if isinstance(encoder, BuiltEncoder) else ()
 
 
-def _preparation(encoder: Encoder) -> Preparation:
+def _settings(encoder: Encoder, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All that shapes prepare(), as far as it can be told."""
+    if isinstance(encoder, BuiltEncoder):
+        return {**encoder.preprocessing, "files": _small_files(encoder.files)}
+    name = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
+    own = getattr(encoder, "preprocessing", None)  # what its author says shapes prepare()
+    return {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own}
+
+
+def _preparation(encoder: Encoder, settings: Mapping[str, Any]) -> Preparation:
+    seconds = None
     if isinstance(encoder, BuiltEncoder):
         encoder.release()
-        settings, seconds = encoder.preprocessing, encoder.max_seconds
-    else:
-        settings, seconds = {"class": f"{type(encoder).__module__}:{type(encoder).__qualname__}"}, None
+        seconds = encoder.max_seconds
     return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, settings, _notes(encoder))
+
+
+def _small_files(names: Sequence[str]) -> dict[str, str]:
+    """Configuration and tokeniser: file → hash. Weights are in the graph."""
+    found = {}
+    for path in map(Path, names):
+        with contextlib.suppress(OSError):
+            if path.suffix in _TEXTS and path.is_file():
+                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def example_medium(modality: str) -> Any:

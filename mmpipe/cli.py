@@ -281,6 +281,38 @@ def explain(
 
 
 @app.command()
+def calibrate(
+    config: ConfigArgument,
+    input: InputOption = None,
+    max_disagreement: Annotated[str, typer.Option(help="Share of items whose early answer may differ.")] = "1%",
+    certainty: Annotated[str, typer.Option(help="How sure that is to be, over the draw of the items.")] = "95%",
+    truth: Annotated[Path | None, typer.Option(help="Table of true labels: columns id and label.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: calibration.json beside the configuration.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only N samples, drawn at random.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Find thresholds and the best order of the modalities that keep a promise, on your own media.
+
+    Runs every sample in full, once. Writes the file that fusion.calibration names, and a report beside it. Where
+    nothing can be certified it says how many samples are needed, and ends with 0 too: the file has no exits then.
+    A packaged configuration that brings held-out scores is calibrated on them, unless there is --input.
+    """
+    with _reporting():
+        loaded = _load(config, [*(set_ or []), "fusion.calibration=null"])
+        from mmpipe.calibrating.request import Request
+
+        request = Request.of(loaded, max_disagreement, certainty, truth, output, limit)
+        listing = None if request.packaged_scores(input) else _samples(loaded, input)
+        from mmpipe.calibrating.run import run_calibrate
+        from mmpipe.jobs.progress import for_stream
+
+        for line in run_calibrate(request, listing, for_stream()):
+            _print(line)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
     with _reporting():

@@ -23,15 +23,18 @@ from torch.fx import GraphModule
 from mmpipe import media
 from mmpipe.answers import FULL, Answers, Weighed
 from mmpipe.budget import decoding_bytes
-from mmpipe.build import Built, build
-from mmpipe.config import AuditConfig, Config, load
+from mmpipe.build import Built, build, not_bound
+from mmpipe.cache import Form, Layers, Recall
+from mmpipe.cache import opened as open_store
+from mmpipe.calibrated import mismatch
+from mmpipe.config import Config, load
 from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
-from mmpipe.fingerprints import fingerprints, versions
+from mmpipe.fingerprints import fingerprints, forms, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
-from mmpipe.jobs.auditing import AuditSettings
+from mmpipe.jobs.auditing import audit_settings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
@@ -41,6 +44,7 @@ from mmpipe.observing import Observer
 from mmpipe.placing import device_of
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runners import Runners
+from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -61,11 +65,27 @@ class Pipeline:
             self._built: Built = build(config, say=say)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
-        self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
-        self.runners = Runners(config, self._built.graph, self._built.thresholds, device)
+        self.runners = Runners(config, self._built, device)
         self.runners.resolved()  # what does not fit is refused now
+        if reason := self._not_calibrated_for():
+            with collector_paused():
+                self._built = build(config, say=say, without_exits=reason)
+            self.runners = Runners(config, self._built, device)
+            self.runners.resolved()
+        self._deliberation = Deliberation.configured(config, self._built, self._limits)
+        self._store: Layers | None = None  # opened when it is first needed
+        self._forms: dict[Kind, tuple[Plan, dict[str, Form]]] = {}
         self._build_seconds = time.perf_counter() - began
+
+    def _not_calibrated_for(self) -> str:
+        """Why the calibration's exits are left out, now that number type and backend are known; "": they stay."""
+        calibration = self._built.calibration
+        if calibration is None:
+            return ""
+        dtype, backends = self.resolved.dtype, [self.resolved.backend]
+        why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends)
+        return not_bound(self.config, why) if why else ""
 
     @classmethod
     def load(
@@ -211,11 +231,13 @@ class Pipeline:
     def job_settings(self) -> JobSettings:
         """What a folder job needs to know of this pipeline."""
         source, output = self.config.source, self.config.output
+        exits = tuple(exit_.name for exit_ in self.plan.exits) or (FULL,)
+        promised = self._built.max_disagreement
         return JobSettings(
             title=source.name or "mmpipe",
             dims=self._dims,
             labels=self.labels,
-            exits=tuple(exit_.name for exit_ in self.plan.exits) or (FULL,),
+            exits=exits,
             shard_rows=output.shard_rows,
             max_failed=self.config.input.max_failed,
             thumbnails=output.thumbnails,
@@ -224,22 +246,7 @@ class Pipeline:
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
-            audit=self._audit(),
-        )
-
-    def _audit(self) -> AuditSettings | None:
-        """What folder jobs audit: as configured; by default 1% where a calibration promised something."""
-        settings, promised = self.config.fusion.audit, self._built.max_disagreement
-        if settings is None and promised is not None:
-            settings = AuditConfig()
-        if settings is None or not settings.share or len(self.plan.exits) < 2:
-            return None
-        return AuditSettings(
-            share=settings.share,
-            disable=settings.on_drift == "disable",
-            promised=promised,
-            last_exit=self.plan.exits[-1].name,
-            batch=self.resolved.batch_size,
+            audit=audit_settings(self.config.fusion.audit, promised, exits, self.resolved.batch_size),
         )
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
@@ -260,23 +267,24 @@ class Pipeline:
         embeddings: bool | None = None,
         kind: Kind = "batch",
         deliberate: bool | None = None,
+        cached: bool = True,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
         progress.
 
         `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
-        exits it is the full pipeline, which looks once.
+        exits it is the full pipeline, which looks once. `cached` False: everything is computed, whatever is known.
         """
         weighed: Mapping[int, Weighed] = {}
         with self._lock:
-            outcome = self._executed(samples, kind, exits, answered)
+            outcome = self._executed(samples, kind, exits, cached, answered)
             if exits:
                 self.runners.count(outcome)
             if self._deliberation is not None and (exits if deliberate is None else deliberate):
                 last = len(self.plan.exits) - 1
                 weighed = self._deliberation.of(
-                    samples, outcome, last, lambda views: self._executed(views, kind, False)
+                    samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
                 )
             names = tuple(exit_.name for exit_ in self.plan.exits)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
@@ -295,6 +303,7 @@ class Pipeline:
         samples: Sequence[Sample],
         kind: Kind,
         exits: bool,
+        cached: bool,
         answered: Callable[[int], None] = lambda count: None,
     ) -> Outcome:
         """Run samples through a plan; whoever calls has the lock."""
@@ -307,12 +316,35 @@ class Pipeline:
         bucket = executor.plan.stage_plans[0].rows
         alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
         with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=bucket) as ahead:
-            feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
+            recall = self._recall(kind, executor) if cached else None
+            shares = len(executor.plan.stage_plans[0].stages) == 1  # parallel runs don't wait for one another
+            preparations, limits = self._built.preparations, self._limits
+            feed = Feed(samples, preparations, executor.plan, limits, ahead, recall=recall, shares=shares)
             self.runners.observers.ids = [sample.id for sample in samples]
-            outcome = executor.run(present_NM, feed, answered=answered)
+            try:
+                outcome = executor.run(present_NM, feed, answered=answered, computed=feed.computed)
+            finally:
+                if recall is not None:
+                    recall.store.flush()
         outcome.seconds["decode"] = feed.core_seconds
         outcome.decodings = feed.spans
+        outcome.missed = dict(feed.missed)
+        outcome.notes += recall.store.notes() if recall is not None else []
         return outcome
+
+    def _recall(self, kind: Kind, executor: Executor) -> Recall | None:
+        """The cache, for one run; not of encoders that somebody observes: they'd see nothing."""
+        plan = executor.plan
+        observed = {plan.segment(name).branch for name in executor.watches}
+        if not plan.restores or observed >= {*plan.restores}:
+            return None
+        if self._forms.get(kind, (None,))[0] is not plan:
+            resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
+            self._forms[kind] = plan, forms(self.config, self._built, resolved, plan, modules, self._limits)
+        if self._store is None:
+            self._store = open_store(self.config.runtime.cache_limit)
+        known = self._forms[kind][1]
+        return Recall(self._store, {name: form for name, form in known.items() if name not in observed})
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -336,6 +368,9 @@ class Pipeline:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
             self.runners.close()
+            if self._store is not None:
+                self._store.close()
+                self._store = None
 
     def __enter__(self) -> Self:
         return self

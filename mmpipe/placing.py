@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from mmpipe.budget import Budget, shown
+from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
+from mmpipe.graphs.plan import Plan
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runtime.device import Device, device_for
 from mmpipe.runtime.measure import BUCKETS_A_LANE, PASSES
@@ -68,7 +70,7 @@ def resolve(
         device=decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
         dtype=decided("dtype", "float32", "the only type that is implemented"),
         backend=decided("backend", "eager", "the only backend that is implemented"),
-        cache=decided("cache", "off", "no cache is implemented"),
+        cache=decided("cache", *_cache(made.plan, single=kind == "call")),
         memory_limit=int(decided("memory_limit", int(available * _SHARE), of_that)),
         batch_size=decided("batch_size", _ROWS if kind == "batch" else 1, "rows of the one bucket of every segment"),
         schedule="cascade",
@@ -81,6 +83,8 @@ def resolve(
         reasons=reasons,
     )
     reasons["decode_workers"] = f"{cores} cores"
+    if base.cache == "on" and (inside := [b.name for b in made.plan.branches if not made.plan.restorable(b.name)]):
+        reasons["cache"] += f"; not {', '.join(inside)}: an exit, or another branch, looks inside"
     if base.batch_size > 1 and base.batch_size % _ROWS_MULTIPLE:
         base = replace(base, batch_size=base.batch_size + -base.batch_size % _ROWS_MULTIPLE)
         reasons["batch_size"] = f"configured as {runtime.batch_size}; rounded up to a multiple of {_ROWS_MULTIPLE}"
@@ -174,3 +178,16 @@ def _fastest(ways: Sequence[Resolved], measure: Measure | None) -> Resolved:
     for key in ("schedule", "streams", "lanes", "threads"):
         reasons[key] = reasons[key] if reasons[key] == "configured" else told
     return replace(chosen, reasons=reasons, measured=seconds)
+
+
+def _cache(plan: Plan, *, single: bool) -> tuple[str, str]:
+    """(what `auto` becomes, why): looking up takes far less than decoding and encoding, but for one sample alone there
+    is nothing to keep that is likely to come again."""
+    if single:
+        return "off", "a single call: what is asked once is seldom asked again"
+    if not any(plan.restorable(branch.name) for branch in plan.branches):
+        return "off", "exits look inside every encoder: an embedding would not stand for it"
+    where = cache_folder()
+    if where is None:
+        return "off", "MMPIPE_CACHE is off"
+    return "on", f"batches: what was encoded before is not decoded or encoded again; in {where}"

@@ -42,4 +42,5 @@ def placed(plan: Plan, resolved: Resolved) -> Plan:
         lanes=resolved.lanes,
         slots=resolved.slots,
         parallel=resolved.schedule == "parallel",
+        restores=[b.name for b in plan.branches if resolved.cache == "on" and plan.restorable(b.name)],
     )

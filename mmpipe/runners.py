@@ -6,12 +6,13 @@ The graph is cut anew when it was edited. Of each kind one executor is open at a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.fusion import gate
 from mmpipe.graphs.backends import lower
@@ -31,8 +32,9 @@ from mmpipe.runtime.measure import expected_seconds, leaving, seconds_a_bucket, 
 class Runners:
     """Cut, plans and executors of a graph. Not safe for several threads: the pipeline's lock is."""
 
-    def __init__(self, config: Config, graph: FusedGraph, thresholds: Sequence[float], device: Device) -> None:
-        self.config, self.graph, self.thresholds, self.device = config, graph, thresholds, device
+    def __init__(self, config: Config, built: Built, device: Device) -> None:
+        self.config, self.built, self.device = config, built, device
+        self.graph: FusedGraph = built.graph
         self.observers = Observers()
         self._cut: Cut | None = None
         self._version = -1
@@ -126,10 +128,10 @@ class Runners:
     def _gate(self, exits: bool) -> Gate | None:
         if not self.cut.plan.exits:
             return None
-        kind, thresholds = self.config.fusion.confidence, self.thresholds
+        kind, thresholds, temperatures = self.built.confidence, self.built.thresholds, self.built.temperatures
 
         def decide(exit_index: int, logits_RL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            probabilities_RL = gate.probabilities(logits_RL)
+            probabilities_RL = gate.probabilities(logits_RL, temperatures[exit_index])
             confidence_R = gate.confidence(probabilities_RL, kind)
             if exit_index == len(thresholds):
                 return probabilities_RL, confidence_R, torch.isfinite(confidence_R)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Who implements one adds it here (or removes the line); docs/configuration.md follows.
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
-    "fusion.calibration": (None,),
     "runtime.dtype": ("auto", "float32"),
     "runtime.backend": ("auto", "eager"),
     "input.decode": ("exact",),
@@ -29,7 +28,7 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
 
 def problems_of(config: Config) -> list[Problem]:
     """All that is wrong with a well-typed configuration, as far as no model is needed."""
-    checks = (_implemented, _labels, _encoders, _fusion, _exits, _input)
+    checks = (_implemented, _labels, _encoders, _fusion, exit_problems, _input)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -221,6 +220,8 @@ def _fusion(config: Config) -> Iterator[Problem]:
         yield Problem("fusion.options", f"options are for your own head, not {fusion.head}", "remove options")
     if fusion.checkpoint is not None:
         yield from _exists(config, "fusion.checkpoint", fusion.checkpoint, file=True)
+    if fusion.calibration is not None:
+        yield from _exists(config, "fusion.calibration", fusion.calibration, file=True)
     probed = [
         f"fusion.exits.{index}.after"
         for index, exit_ in enumerate(fusion.exits)
@@ -253,7 +254,8 @@ def _fusion(config: Config) -> Iterator[Problem]:
                 )
 
 
-def _exits(config: Config) -> Iterator[Problem]:
+def exit_problems(config: Config) -> Iterator[Problem]:
+    """Exits that don't extend one another, or stand where there is nothing to answer from."""
     if config.task == "embed":
         return
     before: ExitConfig | None = None

@@ -33,12 +33,12 @@ from mmpipe.config.values import (
     checked,
     listed,
     nearest,
-    off_word,
     one_or_more,
     parse_device,
     parse_exit_entry,
     parse_head,
     parse_model,
+    switch_word,
     valid,
 )
 from mmpipe.config.words import translate
@@ -192,12 +192,18 @@ class RuntimeConfig(_Keys):
         description="Memory for weights, pool, workspaces and decoding: `auto` (80% of what is free), or `4GB`.",
     )
     cache: Annotated[
-        Literal["auto", "off"], BeforeValidator(off_word), WithJsonSchema({"enum": ["auto", "off", False]})
-    ] = Field(default="auto", description="Keep embeddings between runs. Nothing is cached yet: `auto` means `off`.")
+        Literal["auto", "on", "off"],
+        BeforeValidator(switch_word),
+        WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
+    ] = Field(
+        default="auto",
+        description="Keep embeddings between runs: what was encoded before is not decoded or encoded again. `auto`: "
+        "for batches and folders, not for single calls. `MMPIPE_CACHE` names the folder (`off`: none).",
+    )
     cache_limit: Size = Field(
         default=10_000_000_000,
         json_schema_extra={"default": "10GB"},
-        description="Disk space of the cache. Without effect yet.",
+        description="Disk space of the cache: what was not used for longest goes first.",
     )
 
 

@@ -40,9 +40,10 @@ def explain(
     """Run `samples` twice, measure the second time, and tell all there is to tell. Changes nothing in the pipeline."""
     say(f"measuring a run of {len(samples)} samples")
     warm = samples[: 4 * pipeline.resolved.batch_size]
-    pipeline.run(warm, deliberate=False)  # what is slow only once: memory, kernels, caches
+    pipeline.run(warm, deliberate=False, cached=False)  # what is slow only once: memory, kernels, caches
     began = time.perf_counter()
-    predictions, outcome = pipeline.run(samples, deliberate=False)  # one look: what is told of is one plan's run
+    # one look, nothing known: what is told of is one plan's run
+    predictions, outcome = pipeline.run(samples, deliberate=False, cached=False)
     wall = time.perf_counter() - began
     plan = pipeline.plan
     say("timing the matrix products alone")

@@ -217,6 +217,10 @@ def _run_json(
         "status": {name: tally.status[name] for name in ("ok", "partial", "failed")},
         "answered_by": {name: tally.answered_by[name] for name in settings.exits},
         "files_opened": {name: tally.files_opened[name] for name in settings.dims},
+        "cache": {
+            "hits": {name: tally.recalled[name] for name in settings.dims},
+            "misses": {name: tally.missed[name] for name in settings.dims},
+        },
         "items_per_second": round(tally.rows / seconds, 3) if seconds else 0.0,
         "seconds": {
             "total": round(seconds, 4),
@@ -231,5 +235,5 @@ def _run_json(
         "resolved": dict(settings.resolved),
         "fingerprints": dict(fingerprints),
         "versions": dict(settings.versions),
-        "notes": [*settings.notes, *(audit.notes if audit is not None else ())],
+        "notes": [*settings.notes, *(audit.notes if audit is not None else ()), *tally.notes],
     }

@@ -111,7 +111,7 @@ def _header(tally: Tally, run: Mapping[str, Any], title: str) -> str:
         words = f"This run was interrupted. It tells of the {count(tally.rows, 'sample')} that were done by then."
         banner = tag("p", words, cls="banner", role="status")
     there = sum(tally.present.values())
-    never = there - sum(min(tally.files_opened[name], tally.present[name]) for name in tally.modalities)
+    never = there - sum(tally.reached(name) for name in tally.modalities)
     lede = ""
     if never and len(tally.exits) > 1:
         were = "was" if never == 1 else "were"
@@ -142,6 +142,9 @@ def _figures(tally: Tally, run: Mapping[str, Any], there: int, never: int) -> li
     if run.get("items_per_second"):
         total = run.get("seconds", {}).get("total")
         figures.append(("samples a second", number(run["items_per_second"]), f"in {seconds(total)}" if total else ""))
+    if tally.recalled:
+        known, looked = tally.recalled.total(), tally.recalled.total() + tally.missed.total()
+        figures.append(("known from before", percent(known, looked), f"{known:,} of {looked:,} embeddings"))
     figures.append(("failed", f"{tally.status['failed']:,}", f"{tally.status['partial']:,} partial"))
     return figures
 

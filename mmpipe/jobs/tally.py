@@ -62,6 +62,9 @@ class Tally:
     status: Counter[str] = field(default_factory=Counter)
     answered_by: Counter[str] = field(default_factory=Counter)
     files_opened: Counter[str] = field(default_factory=Counter)
+    recalled: Counter[str] = field(default_factory=Counter)  # modality → embeddings that were known
+    missed: Counter[str] = field(default_factory=Counter)  # modality → embeddings that were looked up in vain
+    notes: list[str] = field(default_factory=list)  # what the runs had to say, each once
     present: Counter[str] = field(default_factory=Counter)
     by_label: dict[str, Counter[str]] = field(default_factory=dict)  # label → exit → rows
     confidence: dict[str, list[int]] = field(default_factory=dict)  # exit that answered → rows per bin
@@ -90,6 +93,13 @@ class Tally:
         for name, seconds in outcome.seconds.items():
             self.spend(name, seconds)
         self.files_opened.update(outcome.files_opened)
+        self.recalled.update(outcome.recalled)
+        self.missed.update(outcome.missed)
+        self.notes += [note for note in outcome.notes if note not in self.notes]
+
+    def reached(self, modality: str) -> int:
+        """Media that a run needed; speculation may open more than there are."""
+        return min(self.files_opened[modality], self.present[modality])
 
     def spend(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

@@ -107,7 +107,8 @@ def _opened(summary: Summary) -> str:
         for name in tally.modalities
         if tally.present[name]
     ]
-    return "files opened: " + (", ".join(opened) or "none")
+    known = [f"{tally.recalled[name]:,} {name}" for name in tally.modalities if tally.recalled[name]]
+    return "files opened: " + (", ".join(opened) or "none") + (f"; known: {', '.join(known)}" if known else "")
 
 
 def _checks(run: Mapping[str, Any]) -> Iterator[str]:

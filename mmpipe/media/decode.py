@@ -46,8 +46,8 @@ def load(modality: str, source: Any, *, limits: Limits = Limits(), max_seconds: 
         start_seconds, source = (source.start, source.source) if isinstance(source, View) else (0.0, source)
         if isinstance(source, str) and modality == "text":
             return _checked_text(source, limits)
-        if _is_file(source):
-            with _opened(modality, source, limits) as (file, size_bytes):
+        if is_file(source):
+            with opened(modality, source, limits) as (file, size_bytes):
                 if modality == "image":
                     return image.from_file(file, limits)
                 if modality == "text":
@@ -75,12 +75,12 @@ def estimate_bytes(
     try:
         if isinstance(source, str) and modality == "text":
             return 4 * len(source) + _UNKNOWN_BYTES
-        if not _is_file(source):
+        if not is_file(source):
             of_memory: Callable[[Any], int] = (
                 image.estimate_memory_bytes if modality == "image" else audio.estimate_memory_bytes
             )
             return of_memory(source) + _UNKNOWN_BYTES
-        with _opened(modality, source, limits) as (file, size_bytes):
+        with opened(modality, source, limits) as (file, size_bytes):
             if modality == "image":
                 return image.estimate_file_bytes(file, limits) + _UNKNOWN_BYTES
             if modality == "audio":
@@ -104,15 +104,16 @@ def picture_size(source: Any, limits: Limits = Limits()) -> tuple[int, int] | No
 def sound_seconds(source: Any, limits: Limits = Limits()) -> float | None:  # noqa: B008 - frozen
     """How long a sound is, from its header; None where that doesn't tell, or the sound can't be used. Never raises."""
     try:
-        if not _is_file(source):
+        if not is_file(source):
             return float(source[0].shape[-1]) / float(source[1])
-        with _opened("audio", source, limits) as (file, _):
+        with opened("audio", source, limits) as (file, _):
             return audio.file_seconds(file)
     except Exception:  # noqa: BLE001 - load says what is wrong
         return None
 
 
-def _is_file(source: Any) -> bool:
+def is_file(source: Any) -> bool:
+    """Whether a source is a file's path or content: bytes to decode."""
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview)
 
 
@@ -125,7 +126,7 @@ def _label(modality: str, source: Any) -> str:
 
 
 @contextlib.contextmanager
-def _opened(modality: str, source: Any, limits: Limits) -> Iterator[tuple[BinaryIO, int]]:
+def opened(modality: str, source: Any, limits: Limits) -> Iterator[tuple[BinaryIO, int]]:
     """(file, its size in bytes), checked: a regular file, not empty, within the limit."""
     limit_megabytes = (
         min(limits.file_megabytes, limits.text_kilobytes / 1e3) if modality == "text" else limits.file_megabytes

@@ -20,10 +20,12 @@ _FIELD_LIMIT_BYTES = 1 << 28  # the csv module's own limit, 128 KiB, is less tha
 
 @dataclass(frozen=True)
 class Manifest:
-    """`rows` in the file's order; `keep_types`: the Arrow type of each kept column, in `keep`'s order."""
+    """`rows` in the file's order; `keep_types`: the Arrow type of each kept column, in `keep`'s order; `places`: id →
+    its line in the file (Parquet: its row), from 1."""
 
     rows: list[Row]
     keep_types: Mapping[str, Any]
+    places: Mapping[str, int]
 
 
 def read_manifest(
@@ -177,7 +179,7 @@ def _csv_rows(name: str, reader: Any, header: list[str], wanted: _Wanted) -> Man
         row = wanted.row(len(rows) + 1, where, dict(zip(header, cells, strict=True)), has_id)
         _distinct(places, row[0], first_line, where, "line")
         rows.append(row)
-    return Manifest(rows, _keep_types(name, rows, wanted.keep, all_text=True))
+    return Manifest(rows, _keep_types(name, rows, wanted.keep, all_text=True), places)
 
 
 def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
@@ -207,7 +209,7 @@ def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
         row = wanted.row(len(rows) + 1, where, cells, has_id)
         _distinct(places, row[0], number, where, "line")
         rows.append(row)
-    return Manifest(rows, _keep_types(path.name, rows, wanted.keep))
+    return Manifest(rows, _keep_types(path.name, rows, wanted.keep), places)
 
 
 def _keep_types(name: str, rows: list[Row], keep: Sequence[str], *, all_text: bool = False) -> dict[str, Any]:
@@ -253,4 +255,4 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Manifest:
             types = {column: file.schema_arrow.field(column).type for column in wanted.keep}
     except (pa.ArrowException, ValueError) as error:
         refuse(error)
-    return Manifest(rows, types)
+    return Manifest(rows, types, places)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import HEAD, Segment
-from mmpipe.runtime.lanes import Rows
-from mmpipe.runtime.running import Running
+from mmpipe.runtime.lanes import Restored, Rows
+from mmpipe.runtime.running import Found, Known, Running, Same
 
 
 class Cascade(Running):
@@ -49,10 +50,11 @@ class Cascade(Running):
                 if heads and self.ledger.wants_head(heads[0], rows[checked]):
                     ready.append(rows[checked])
                 checked += 1
-            if heads and (len(ready) >= self.bucket or checked == len(rows)):
-                chosen = [ready.popleft() for _ in range(min(self.bucket, len(ready)))]
-                taken[heads[0].name] = self._numbers(chosen)
-            if any(found.rows for found in taken.values()):
+            full = len(ready) >= self.bucket or checked == len(rows)
+            for head in heads:
+                chosen = [ready.popleft() for _ in range(min(self.bucket, len(ready)) if full else 0)]
+                taken[head.name] = self._numbers(chosen)
+            if any(taken.values()):
                 self._submit(stage, segments, taken)
             elif checked == len(rows) and not ready:
                 break
@@ -73,7 +75,7 @@ class Cascade(Running):
         lane = self.lane()
         work = self.begin(lane, stage)
         for segment in segments:
-            if taken[segment.name].rows:
+            if taken[segment.name]:
                 self.write(work, segment, taken[segment.name])
         lane.submit_all(taken)
         for segment in segments:
@@ -81,28 +83,65 @@ class Cascade(Running):
 
 
 class _Supply:
-    """The rows of one encoder's segment in one stage, a bucket at a time, in order."""
+    """The rows of one encoder's segment in one stage, a bucket at a time.
+
+    Rows to compute wait until they fill a bucket, or no more come; those whose embedding is known go on at once, and
+    those that are like another row when that one has been computed.
+    """
 
     def __init__(self, run: Running, segment: Segment, rows: Sequence[int]) -> None:
         self.run, self.segment = run, segment
         mine = run.ledger.having(segment.branch, rows)
         self._left = dict.fromkeys(mine)  # in order; what has been handed on is gone
         feeds = segment.name in run.feeders and segment.branch in run.executor.media
-        self._source = run.open(segment.branch, mine) if feeds else iter([(row, -2) for row in mine])
+        self._source: Iterator[tuple[int, Found | None]] = (
+            run.open(segment.branch, mine) if feeds else iter([(row, None) for row in mine])
+        )
+        self._to_come = len(mine)
+        self._fed, self._restored = Rows(), Restored()
+        self._same: list[tuple[int, int]] = []  # (row, the row that it is like)
 
     def has_passed(self, row: int) -> bool:
         """Whether a row has been handed on, has failed, or was never one of these."""
         return row not in self._left
 
     def take(self, count: int) -> Rows:
-        found = Rows([], [])
-        while len(found.rows) < count and self._left:
-            row, media = next(self._source)
+        """`count` rows to compute, fewer only at the end, or none; and up to `count` whose embedding is known."""
+        self._settle(count)
+        while self._to_come and len(self._fed.rows) < count and len(self._restored.rows) < count:
+            self._place(*next(self._source))
+        taken = Rows()
+        if len(self._fed.rows) == count or not self._to_come:
+            taken, self._fed = self._fed, Rows()
+        if not taken and not self._restored.rows and self._same:
+            self.run.land()  # what they are like is in flight
+            self._settle(count)
+        taken.restored, self._restored = self._restored, Restored()
+        for row in (*taken.rows, *taken.restored.rows):
             del self._left[row]
-            if media == -1:
-                continue
-            found.rows.append(row)
-            found.slots.append(self.run.slot_of[row])
-            if media >= 0:
-                found.media.append(media)
-        return found
+        return taken
+
+    def _place(self, row: int, found: Found | None) -> None:
+        self._to_come -= 1
+        if isinstance(found, MediaError):
+            del self._left[row]
+        elif isinstance(found, Known):
+            self._restored.add(row, self.run.slot_of[row], found.embedding)
+        elif isinstance(found, Same):
+            self._same.append((row, found.row))
+        else:
+            self._fed.rows.append(row)
+            self._fed.slots.append(self.run.slot_of[row])
+            if found is not None:
+                self._fed.media.append(found)
+
+    def _settle(self, count: int) -> None:
+        """Rows that are like one which has been computed since have its embedding."""
+        waiting, self._same = self._same, []
+        branch, outcome = self.segment.branch, self.run.ledger.outcome
+        for row, like in waiting:
+            there = bool(outcome.embedded_NM[like, self.run.ledger.columns[branch]])
+            if there and len(self._restored.rows) < count:
+                self._restored.add(row, self.run.slot_of[row], outcome.embeddings[branch][like])
+            else:
+                self._same.append((row, like))

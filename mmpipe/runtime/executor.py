@@ -24,7 +24,7 @@ from mmpipe.runtime.lanes import Lane, Watch, Work
 from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.parallel import Parallel
 from mmpipe.runtime.pool import Pool
-from mmpipe.runtime.running import Answered, Feed
+from mmpipe.runtime.running import Answered, Computed, Feed
 from mmpipe.runtime.streams import StepFailed, Stream, StreamClosed
 
 
@@ -68,14 +68,22 @@ class Executor:
             if any(f"media/{name}" in (b.name for b in s.buffers) for name in branch.inputs for s in plan.stage_plans)
         }
 
-    def run(self, present_NM: Tensor, feed: Feed, *, answered: Answered = lambda count: None) -> Outcome:
-        """Run rows to their answers. `answered(count)` is told how many rows have just been done with.
+    def run(
+        self,
+        present_NM: Tensor,
+        feed: Feed,
+        *,
+        answered: Answered = lambda count: None,
+        computed: Computed = lambda branch, rows, embeddings_KD: None,
+    ) -> Outcome:
+        """Run rows to their answers. `answered(count)` is told how many rows have just been done with, `computed` of
+        embeddings as they come, in memory that the next run overwrites.
 
         Raises MmpipeError that names the segment where a model, or memory, gave way.
         """
         parallel = len(self.plan.stage_plans[0].stages) > 1
         with torch.inference_mode(), _threads(self.threads):
-            run = (Parallel if parallel else Cascade)(self, present_NM, feed, answered)
+            run = (Parallel if parallel else Cascade)(self, present_NM, feed, answered, computed)
             try:
                 run.all_rows()
             except StepFailed as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmpipe.graphs.plan import HEAD, Segment
 from mmpipe.runtime.lanes import Lane, Rows
-from mmpipe.runtime.running import Running
+from mmpipe.runtime.running import Known, Running
 
 
 class Parallel(Running):
@@ -29,48 +29,48 @@ class Parallel(Running):
         for row in rows:
             self.admit(row)
         work = self.begin(lane, 0)
-        chosen: dict[str, Rows | None] = {}
+        chosen: dict[str, Rows] = {}
         for step in work.stage_plan.steps:
             segment = self.plan.segment(step.segment)
-            if step.does == "in":
+            if segment.name not in chosen:
                 chosen[segment.name] = found = self._rows(lane, segment, rows)
-                if found is not None:
+                if found:
                     self.write(work, segment, found)
             lane.submit(step, chosen[segment.name])
-            if step.does == "in" and (found := chosen[segment.name]) is not None:
-                self.submitted(lane, segment, found)
+            if step.does == "in":
+                self.submitted(lane, segment, chosen[segment.name])
 
-    def _rows(self, lane: Lane, segment: Segment, rows: list[int]) -> Rows | None:
-        """The rows of one segment; None where there are none, or nobody needs it any more."""
+    def _rows(self, lane: Lane, segment: Segment, rows: list[int]) -> Rows:
+        """The rows of one segment; none where nobody needs it any more."""
         assert lane.run is not None
         self._look(lane)
         if lane.run.stopped:
-            return None
+            return Rows()
         if segment.branch == HEAD:
             wanted = [row for row in rows if self.ledger.wants_head(segment, row)]
-            found = Rows(wanted, [self.slot_of[row] for row in wanted])
         elif segment.name in self.feeders and segment.branch in self.supplies:
-            found = self._fed(segment.branch, rows)
+            return self._fed(segment.branch, rows)
         else:
             wanted = self.ledger.having(segment.branch, rows)
-            found = Rows(wanted, [self.slot_of[row] for row in wanted])
-        return found if found.rows else None
+        return Rows(wanted, [self.slot_of[row] for row in wanted])
 
     def _fed(self, branch: str, rows: list[int]) -> Rows:
-        found = Rows([], [])
+        found = Rows()
         media = self.executor.media[branch]
         left = set(self.ledger.having(branch, rows))
         while left:
-            row, slot = next(self.supplies[branch])
+            row, medium = next(self.supplies[branch])
             if row not in left:  # of a bucket that all rows had left before this was asked for
-                if slot >= 0:
-                    media.release(slot)
+                if isinstance(medium, int):
+                    media.release(medium)
                 continue
             left.discard(row)
-            if slot >= 0:
+            if isinstance(medium, Known):
+                found.restored.add(row, self.slot_of[row], medium.embedding)
+            elif isinstance(medium, int):
                 found.rows.append(row)
                 found.slots.append(self.slot_of[row])
-                found.media.append(slot)
+                found.media.append(medium)
         return found
 
     def _look(self, lane: Lane) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from mmpipe.errors import MediaError
@@ -20,19 +22,43 @@ if TYPE_CHECKING:
     from mmpipe.runtime.executor import Executor
 
 Answered = Callable[[int], None]
+Computed = Callable[[str, Sequence[int], Tensor], None]  # branch, rows, their embeddings [K, dim]: the lane's memory
+
+
+@dataclass(frozen=True)
+class Known:
+    """Found in place of a medium: the row's embedding [dim], on the host. Its branch is not run for it."""
+
+    embedding: Tensor
+
+
+@dataclass(frozen=True)
+class Same:
+    """Found in place of a medium: another row of this run has the same, and is being computed."""
+
+    row: int
+
+
+Found = int | Known | Same | MediaError  # int: the media slot
 
 
 class Feed(Protocol):
-    """Where rows come from: opens and prepares one modality of the rows asked for, in their order, into media slots."""
+    """Where rows come from: opens and prepares one modality of the rows asked for, in their order, into media slots.
 
-    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[int | MediaError]: ...
+    Known and Same only for branches that the plan restores; Same only in a cascade.
+    """
+
+    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[Found]: ...
 
 
 class Running:
     """What both schedules share: rows and their slots, media as they come, gates as they answer."""
 
-    def __init__(self, executor: Executor, present_NM: Tensor, feed: Feed, answered: Answered) -> None:
-        self.executor, self.plan, self.feed, self.answered = executor, executor.plan, feed, answered
+    def __init__(
+        self, executor: Executor, present_NM: Tensor, feed: Feed, answered: Answered, computed: Computed
+    ) -> None:
+        self.executor, self.plan, self.feed = executor, executor.plan, feed
+        self.answered, self.computed = answered, computed
         self.ledger = Ledger(executor.plan, present_NM, executor.gate)
         self.count = present_NM.shape[0]
         self.bucket = executor.plan.stage_plans[0].rows
@@ -42,7 +68,7 @@ class Running:
         self.embedding_of = {value: branch for branch, value in executor.plan.embeddings}
         self.looks: dict[int, Look] = {}
         self.flying: deque[Lane] = deque()
-        self.sources: list[Iterator[tuple[int, int]]] = []
+        self.sources: list[Iterator[tuple[int, Found]]] = []
         self.serial = 0
         self.events_before: Mapping[str, Event] = {}  # of the run begun last, within this stage
 
@@ -60,22 +86,24 @@ class Running:
     def dismiss(self, row: int) -> None:
         self.slots.give_back(self.slot_of.pop(row))
 
-    def open(self, branch: str, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(row, media slot) as they come; a row whose medium failed loses that modality and is left out."""
+    def open(self, branch: str, rows: Sequence[int]) -> Iterator[tuple[int, Found]]:
+        """(row, what was found) as they come; a row whose medium failed loses that modality."""
         found = self._opened(branch, rows)
         self.sources.append(found)
         return found
 
-    def _opened(self, branch: str, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _opened(self, branch: str, rows: Sequence[int]) -> Iterator[tuple[int, Found]]:
         source = self.feed(branch, rows, self.executor.media[branch])
         try:
             for row in rows:
                 clock = time.perf_counter()
                 result = next(source)
                 self.ledger.spent("waiting", time.perf_counter() - clock)
-                failure = result if isinstance(result, MediaError) else None
-                self.ledger.opened(branch, row, failure)
-                yield row, -1 if isinstance(result, MediaError) else result
+                if isinstance(result, Known | Same):
+                    self.ledger.recalled(branch, row)
+                else:
+                    self.ledger.opened(branch, row, result if isinstance(result, MediaError) else None)
+                yield row, result
         finally:
             source.close()  # type: ignore[attr-defined]
 
@@ -101,10 +129,15 @@ class Running:
         return work
 
     def write(self, work: Work, segment: Segment, rows: Rows) -> None:
-        """The host's part of a segment's run: row numbers, and who has what."""
-        work.write_rows(segment.name, rows)
+        """The host's part of a segment's run: row numbers, who has what, and embeddings that are known."""
+        if rows.rows:
+            work.write_rows(segment.name, rows)
         if segment.branch == HEAD:
             work.write_presence(segment.name, self.ledger.outcome.present_NM[rows.rows])
+        else:
+            work.write_restored(segment.name, rows.restored)
+        if rows.restored.rows:
+            self.ledger.embedded(segment.branch, rows.restored.rows, torch.stack(rows.restored.embeddings))
 
     def submitted(self, lane: Lane, segment: Segment, rows: Rows) -> None:
         if rows.media:
@@ -133,8 +166,10 @@ class Running:
         for segment in self.plan.segments:
             if segment.branch != HEAD and f"out:{segment.name}" in ended:
                 for value in {*segment.writes} & {*self.embedding_of}:
-                    rows = lane.rows[segment.name].rows
-                    self.ledger.embedded(self.embedding_of[value], rows, work.views[f"{segment.name}/answer/{value}"])
+                    rows, branch = lane.rows[segment.name].rows, self.embedding_of[value]
+                    bucket_RD = work.views[f"{segment.name}/answer/{value}"]
+                    self.ledger.embedded(branch, rows, bucket_RD)
+                    self.computed(branch, rows, bucket_RD[: len(rows)])
         for name, values in work.watched.items():
             rows = lane.rows[name].rows
             self.executor.watches[name].deliver(rows, {key: value[: len(rows)] for key, value in values.items()})

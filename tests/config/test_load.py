@@ -233,7 +233,7 @@ VALID = st.fixed_dictionaries(
             optional={
                 "batch_size": st.just("auto") | st.integers(1, 512),
                 "memory_limit": st.just("auto") | st.integers(1, 10**12).map(format_size),
-                "cache": st.sampled_from(["auto", "off", False]),
+                "cache": st.sampled_from(["auto", "on", "off", True, False]),
                 "cache_limit": st.integers(1, 10**12).map(format_size),
             },
         ),

@@ -173,7 +173,7 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}runtime: {{batch_size: yes}}\n", 4, "runtime.batch_size", "1 to 512"),
     (f"{START}runtime: {{memory_limit: 4}}\n", 4, "runtime.memory_limit", "10GB"),
     (f"{START}runtime: {{memory_limit: 4 gigs}}\n", 4, "runtime.memory_limit", "10GB"),
-    (f"{START}runtime: {{cache: on}}\n", 4, "runtime.cache", "off"),
+    (f"{START}runtime: {{cache: onn}}\n", 4, "runtime.cache", "off"),
     (f"{START}runtimes: {{}}\n", 4, "runtimes", "did you mean runtime?"),
     (f"{START}runtime: 3\n", 4, "runtime", "schedule"),
     # input, output

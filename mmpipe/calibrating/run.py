@@ -1,0 +1,71 @@
+"""`mmpipe calibrate`, from a request to the file and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mmpipe import Pipeline
+from mmpipe.calibrated import write_calibration
+from mmpipe.calibrating import words
+from mmpipe.calibrating.certifying import calibrate
+from mmpipe.calibrating.page import write_page
+from mmpipe.calibrating.request import Request
+from mmpipe.calibrating.scores import Scores, read_scores, with_truth
+from mmpipe.calibrating.shadow import chosen, shadow
+from mmpipe.errors import ConfigError, OutputError
+from mmpipe.jobs.progress import Progress
+from mmpipe.media import Listing
+
+
+def run_calibrate(request: Request, listing: Listing | None, progress: Progress) -> Iterator[str]:
+    """Calibrate and write; yields the lines to print. `listing` None: on the packaged held-out scores.
+
+    Raises ConfigError, InputError, ModelError, OutputError.
+    """
+    config = request.config
+    with Pipeline(config, say=progress.say) as pipeline:
+        if listing is None:
+            path = request.packaged_scores(None)
+            assert path is not None
+            scores = _held_out(path, pipeline, progress.say)
+        else:
+            scores = _scores(request, listing, pipeline, progress)
+    result = calibrate(
+        scores,
+        max_disagreement=request.max_disagreement,
+        certainty=request.certainty,
+        confidence=config.fusion.confidence,
+    )
+    try:
+        write_calibration(request.output, result.calibration)
+    except OSError as error:
+        raise OutputError(f"{request.output}: {error.strerror or error}") from error
+    write_page(request.report, result, config.source.name)
+    yield words.summary(result)
+    yield f"\nwrote {request.output} and {request.report}"
+    if result.calibration.promise is not None:
+        yield f"use it: fusion.calibration: {request.output.name}, or --set fusion.calibration={request.output}"
+
+
+def _scores(request: Request, listing: Listing, pipeline: Pipeline, progress: Progress) -> Scores:
+    samples = chosen(listing.samples, request.limit)
+    progress.start(len(samples), "computing in full")
+    try:
+        scores, ids = shadow(pipeline, samples, advance=progress.advance)
+    finally:
+        progress.finish()
+    return scores if request.truth is None else with_truth(scores, ids, request.truth)
+
+
+def _held_out(path: Path, pipeline: Pipeline, say: Callable[[str], None]) -> Scores:
+    """The packaged scores, if they are of this very model."""
+    scores, resolved = read_scores(path), pipeline.resolved
+    if (scores.model, scores.dtype, scores.backends) != (pipeline.built.core, resolved.dtype, (resolved.backend,)):
+        raise ConfigError(
+            f"{path.name} holds the scores of another model, number type or backend",
+            where=path.name,
+            hint="give --input PATH: a folder or manifest to calibrate on",
+        )
+    say(f"calibrating on {scores.count:,} packaged held-out items; --input PATH takes your own")
+    return scores

@@ -93,9 +93,9 @@ def estimate_bytes(
 def picture_size(source: Any, limits: Limits = Limits()) -> tuple[int, int] | None:  # noqa: B008 - frozen
     """Width and height of a picture, upright, from its header; None where it can't be used. Never raises."""
     try:
-        if not _is_file(source):
+        if not is_file(source):
             return image.memory_size(source)
-        with _opened("image", source, limits) as (file, _):
+        with opened("image", source, limits) as (file, _):
             return image.file_size(file, limits)
     except Exception:  # noqa: BLE001 - load says what is wrong
         return None

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mmpipe.answers import Weighed
-from mmpipe.build import Preparation
+from mmpipe.build import Built, Preparation
 from mmpipe.config import Config, DeliberateConfig
 from mmpipe.errors import MediaError
 from mmpipe.fusion import gate
 from mmpipe.fusion.views import weigh
-from mmpipe.media import Limits, load, sound_seconds, views
+from mmpipe.media import Limits, load, picture_size, sound_seconds, views
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Sample
 
@@ -41,13 +41,12 @@ class Deliberation:
     chunk: int  # views that run at once: bounds what is kept of them
 
     @classmethod
-    def configured(cls, config: Config, preparations: Mapping[str, Preparation], limits: Limits) -> Self | None:
+    def configured(cls, config: Config, built: Built, limits: Limits) -> Self | None:
         """As the configuration says; None: not at all."""
         if config.fusion.deliberate is None:
             return None
-        return cls(
-            config.fusion.deliberate, preparations, limits, config.fusion.confidence, chunk=config.output.shard_rows
-        )
+        settings, chunk = config.fusion.deliberate, config.output.shard_rows
+        return cls(settings, built.preparations, limits, built.confidence, chunk)
 
     def of(
         self, samples: Sequence[Sample], outcome: Outcome, last_exit: int, run: Callable[[Sequence[Sample]], Outcome]
@@ -96,7 +95,7 @@ class Deliberation:
         """What there is to see of one medium, the first look first; that alone where nothing tells of more."""
         count, preparation = self.settings.views, self.preparations[modality]
         if modality == "image":
-            return views.of_picture(source, count)
+            return views.of_picture(source, count, picture_size(source, self.limits))
         if modality == "audio":
             seconds = sound_seconds(source, self.limits)
             return views.of_sound(source, count, seconds, preparation.max_seconds)
@@ -117,6 +116,7 @@ class Deliberation:
         seen = run([view for _, found in chunk for view in found])
         for name, seconds in seen.seconds.items():
             outcome.seconds[name] = outcome.seconds.get(name, 0.0) + seconds
+        outcome.notes += seen.notes
         start = 0
         for row, found in chunk:
             rows = [view for view in range(start, start + len(found)) if _is_whole(seen, view)]

@@ -26,14 +26,14 @@ from mmpipe.answers import FULL, Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build, not_bound
 from mmpipe.calibrated import mismatch
-from mmpipe.config import AuditConfig, Config, load
+from mmpipe.config import Config, load
 from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
-from mmpipe.jobs.auditing import AuditSettings
+from mmpipe.jobs.auditing import audit_settings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
@@ -73,7 +73,7 @@ class Pipeline:
                 self._built = build(config, say=say, without_exits=reason)
             self.runners = Runners(config, self._built, device)
             self.runners.resolved()
-        self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
+        self._deliberation = Deliberation.configured(config, self._built, self._limits)
         self._recalling = Recalling(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
 
@@ -230,11 +230,13 @@ class Pipeline:
     def job_settings(self) -> JobSettings:
         """What a folder job needs to know of this pipeline."""
         source, output = self.config.source, self.config.output
+        exits = tuple(exit_.name for exit_ in self.plan.exits) or (FULL,)
+        promised = self._built.max_disagreement
         return JobSettings(
             title=source.name or "mmpipe",
             dims=self._dims,
             labels=self.labels,
-            exits=tuple(exit_.name for exit_ in self.plan.exits) or (FULL,),
+            exits=exits,
             shard_rows=output.shard_rows,
             max_failed=self.config.input.max_failed,
             thumbnails=output.thumbnails,
@@ -243,22 +245,7 @@ class Pipeline:
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
-            audit=self._audit(),
-        )
-
-    def _audit(self) -> AuditSettings | None:
-        """What folder jobs audit: as configured; by default 1% where a calibration promised something."""
-        settings, promised = self.config.fusion.audit, self._built.max_disagreement
-        if settings is None and promised is not None:
-            settings = AuditConfig()
-        if settings is None or not settings.share or len(self.plan.exits) < 2:
-            return None
-        return AuditSettings(
-            share=settings.share,
-            disable=settings.on_drift == "disable",
-            promised=promised,
-            last_exit=self.plan.exits[-1].name,
-            batch=self.resolved.batch_size,
+            audit=audit_settings(self.config.fusion.audit, promised, exits, self.resolved.batch_size),
         )
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:

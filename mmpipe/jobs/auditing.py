@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmpipe.config import AuditConfig
 from mmpipe.fusion.audit import Observed, share_of
 from mmpipe.types import Prediction, Sample
 
@@ -31,6 +32,17 @@ class AuditSettings:
     promised: float | None
     last_exit: str  # whose answers are the full pipeline's
     batch: int  # samples that are worth a run
+
+
+def audit_settings(
+    config: AuditConfig | None, promised: float | None, exits: Sequence[str], batch: int
+) -> AuditSettings | None:
+    """What folder jobs audit: as configured; by default 1% where a calibration promised something. None: nothing."""
+    if config is None and promised is not None:
+        config = AuditConfig()
+    if config is None or not config.share or len(exits) < 2:
+        return None
+    return AuditSettings(config.share, config.on_drift == "disable", promised, exits[-1], batch)
 
 
 class Auditor:

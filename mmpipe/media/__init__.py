@@ -2,7 +2,7 @@
 
 from mmpipe.media.ahead import Ahead, Here
 from mmpipe.media.content import Content, content_of, is_unchanged
-from mmpipe.media.decode import estimate_bytes, load, sound_seconds
+from mmpipe.media.decode import estimate_bytes, load, picture_size, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
 from mmpipe.media.views import View
@@ -21,5 +21,6 @@ __all__ = [
     "find",
     "is_unchanged",
     "load",
+    "picture_size",
     "sound_seconds",
 ]

@@ -90,6 +90,17 @@ def estimate_bytes(
         return _UNKNOWN_BYTES
 
 
+def picture_size(source: Any, limits: Limits = Limits()) -> tuple[int, int] | None:  # noqa: B008 - frozen
+    """Width and height of a picture, upright, from its header; None where it can't be used. Never raises."""
+    try:
+        if not is_file(source):
+            return image.memory_size(source)
+        with opened("image", source, limits) as (file, _):
+            return image.file_size(file, limits)
+    except Exception:  # noqa: BLE001 - load says what is wrong
+        return None
+
+
 def sound_seconds(source: Any, limits: Limits = Limits()) -> float | None:  # noqa: B008 - frozen
     """How long a sound is, from its header; None where that doesn't tell, or the sound can't be used. Never raises."""
     try:

@@ -42,19 +42,31 @@ def _zoom(scale: float, x: float, y: float) -> Box:
     return left, top, left + scale, top + scale
 
 
-# After the whole picture, in this order: its mirror image, the middle, the middle mirrored, then corners.
+# After the whole picture and the ends of a long one: its mirror image, its middle, that mirrored, corners.
 _PARTS: tuple[tuple[Box, bool], ...] = (
     (WHOLE, True),
-    (_zoom(0.75, 0.5, 0.5), False),
-    (_zoom(0.75, 0.5, 0.5), True),
-    *((_zoom(0.65, x, y), False) for y in (0, 1) for x in (0, 1)),
+    (_zoom(0.875, 0.5, 0.5), False),
+    (_zoom(0.875, 0.5, 0.5), True),
+    *((_zoom(scale, x, y), False) for scale in (0.875, 0.75, 0.6) for y in (0, 1) for x in (0, 1)),
     *((_zoom(0.5, x, y), False) for y in (0, 0.5, 1) for x in (0, 0.5, 1)),
 )
+_LONG = 1.25  # longer side to shorter, from which on encoders that look at the middle square miss the ends
 
 
-def of_picture(source: Any, count: int) -> list[Any]:
-    """The picture itself, then up to count - 1 parts of it."""
-    return [source, *(View(source, box=box, mirrored=mirrored) for box, mirrored in _PARTS[: count - 1])]
+def of_picture(source: Any, count: int, size: tuple[int, int] | None) -> list[Any]:
+    """The picture itself, then parts of it, `count` in all. size: width and height; None: not known."""
+    parts = [*(_ends(*size) if size is not None else ()), *_PARTS]
+    return [source, *(View(source, box=box, mirrored=mirrored) for box, mirrored in parts[: count - 1])]
+
+
+def _ends(width: int, height: int) -> list[tuple[Box, bool]]:
+    """The squares at both ends of a picture that is much longer than wide, or wider than long."""
+    square = min(width, height) / max(width, height)
+    if square > 1 / _LONG:
+        return []
+    if width > height:
+        return [((0.0, 0.0, square, 1.0), False), ((1 - square, 0.0, 1.0, 1.0), False)]
+    return [((0.0, 0.0, 1.0, square), False), ((0.0, 1 - square, 1.0, 1.0), False)]
 
 
 def of_sound(source: Any, count: int, seconds: float | None, window_seconds: float | None) -> list[Any]:

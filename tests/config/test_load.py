@@ -38,10 +38,13 @@ def test_every_key_of_the_example(tmp_path: Path) -> None:
         config.task = "embed"  # type: ignore[misc]
 
 
-def test_an_audit_is_a_share(tmp_path: Path) -> None:
-    audit = load(written(tmp_path, EXAMPLE.replace("0%", "1%"))).fusion.audit
-    assert audit is not None
-    assert (audit.share, audit.on_drift) == (0.01, "warn")
+def test_an_audit_and_a_second_look(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("share: 0%", "share: 2%").replace("deliberate: null", "deliberate: {views: 6}")
+    fusion = load(written(tmp_path, text)).fusion
+    assert fusion.audit is not None
+    assert (fusion.audit.share, fusion.audit.on_drift) == (0.02, "warn")
+    assert fusion.deliberate is not None
+    assert (fusion.deliberate.below, fusion.deliberate.views) == (0.8, 6)
 
 
 @pytest.mark.parametrize("name", ["clip_clap", "embed", "custom"])

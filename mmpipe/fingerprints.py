@@ -19,7 +19,7 @@ import torch
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.graphs.plan import Plan
-from mmpipe.placing import Resolved
+from mmpipe.resolved import Resolved
 from mmpipe.types import Sample
 
 _PACKAGES = ("mmpipe", "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow", "soundfile")
@@ -67,6 +67,7 @@ def fingerprints(
         list(built.thresholds),
         list(built.temperatures),
         built.confidence,
+        config.fusion.model_dump(mode="json", include={"audit", "deliberate"}),
         config.input.model_dump(mode="json"),
         config.output.model_dump(mode="json", exclude={"folder", "thumbnails"}),
         ids.hexdigest(),

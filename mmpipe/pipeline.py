@@ -21,23 +21,27 @@ import torch
 from torch.fx import GraphModule
 
 from mmpipe import media
-from mmpipe.answers import FULL, Answers
+from mmpipe.answers import FULL, Answers, Weighed
+from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build, not_bound
 from mmpipe.calibrated import mismatch
-from mmpipe.config import Config, load
+from mmpipe.config import AuditConfig, Config, load
+from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
+from mmpipe.jobs.auditing import AuditSettings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
-from mmpipe.placing import Resolved, decoding_bytes, device_of
-from mmpipe.runners import Kind, Runners
+from mmpipe.placing import device_of
+from mmpipe.resolved import Kind, Resolved
+from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import MODALITIES, Prediction, Sample
 
@@ -60,12 +64,13 @@ class Pipeline:
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
         self.runners = Runners(config, self._built, device)
-        self.resolved: Resolved = self.runners.resolved()
+        self.runners.resolved()  # what does not fit is refused now
         if reason := self._not_calibrated_for():
             with collector_paused():
                 self._built = build(config, say=say, without_exits=reason)
             self.runners = Runners(config, self._built, device)
-            self.resolved = self.runners.resolved()
+            self.runners.resolved()
+        self._deliberation = Deliberation.configured(config, self._built.preparations, self._limits)
         self._build_seconds = time.perf_counter() - began
 
     def _not_calibrated_for(self) -> str:
@@ -108,6 +113,12 @@ class Pipeline:
         """Each segment's part of the graph: inputs then reads → tuple of writes."""
         with self._lock:
             return self.runners.cut.modules
+
+    @property
+    def resolved(self) -> Resolved:
+        """What every `auto` became, for batches, and why."""
+        with self._lock:
+            return self.runners.resolved()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -186,7 +197,10 @@ class Pipeline:
         if out is None:
             raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
         refuse(out, mode, inside=input_root(self.config, folder))
-        return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
+        listing = self.find(folder)
+        with self._lock:
+            self.runners.settle(len(listing.samples[:limit]))
+        return run_job(self, listing, out, mode=mode, limit=limit, progress=progress)
 
     @contextlib.contextmanager
     def observe(self, where: str, callback: Observer) -> Iterator[None]:
@@ -225,6 +239,22 @@ class Pipeline:
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
+            audit=self._audit(),
+        )
+
+    def _audit(self) -> AuditSettings | None:
+        """What folder jobs audit: as configured; by default 1% where a calibration promised something."""
+        settings, promised = self.config.fusion.audit, self._built.max_disagreement
+        if settings is None and promised is not None:
+            settings = AuditConfig()
+        if settings is None or not settings.share or len(self.plan.exits) < 2:
+            return None
+        return AuditSettings(
+            share=settings.share,
+            disable=settings.on_drift == "disable",
+            promised=promised,
+            last_exit=self.plan.exits[-1].name,
+            batch=self.resolved.batch_size,
         )
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
@@ -244,40 +274,60 @@ class Pipeline:
         exits: bool = True,
         embeddings: bool | None = None,
         kind: Kind = "batch",
+        deliberate: bool | None = None,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
-        """One shard: predictions in order, and the trace of the run. `answered` is told of progress.
+        """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
+        progress.
 
-        `kind`: which of the pipeline's plans runs it.
+        `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
+        exits it is the full pipeline, which looks once.
         """
+        weighed: Mapping[int, Weighed] = {}
         with self._lock:
-            executor = self.runners.executor(kind, exits)
-            columns = list(self._built.preparations)
-            present_NM = torch.tensor(
-                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
-            ).reshape(len(samples), len(columns))
-            workers = self.resolved.decode_workers
-            bucket = executor.plan.stage_plans[0].rows
-            room = decoding_bytes(self.resolved.memory_limit)
-            alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
-            with media.Here() if alone else media.Ahead(workers, room, items_ahead=bucket) as ahead:
-                feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
-                self.runners.observers.ids = [sample.id for sample in samples]
-                outcome = executor.run(present_NM, feed, answered=answered)
-            outcome.seconds["decode"] = feed.core_seconds
-            outcome.decodings = feed.spans
+            outcome = self._executed(samples, kind, exits, answered)
             if exits:
                 self.runners.count(outcome)
+            if self._deliberation is not None and (exits if deliberate is None else deliberate):
+                last = len(self.plan.exits) - 1
+                weighed = self._deliberation.of(
+                    samples, outcome, last, lambda views: self._executed(views, kind, False)
+                )
+            names = tuple(exit_.name for exit_ in self.plan.exits)
         wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
         answers = Answers(
             labels=self.labels,
             dims=self._dims,
-            exits=tuple(exit_.name for exit_ in executor.plan.exits),
+            exits=names,
             top_k=self.config.output.top_k,
             probabilities=self.config.output.probabilities,
             embeddings=wanted,
         )
-        return answers.of(samples, outcome), outcome
+        return answers.of(samples, outcome, weighed), outcome
+
+    def _executed(
+        self,
+        samples: Sequence[Sample],
+        kind: Kind,
+        exits: bool,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> Outcome:
+        """Run samples through a plan; whoever calls has the lock."""
+        executor = self.runners.executor(kind, exits)
+        columns = list(self._built.preparations)
+        present_NM = torch.tensor(
+            [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
+        ).reshape(len(samples), len(columns))
+        room = decoding_bytes(self.resolved.memory_limit)
+        bucket = executor.plan.stage_plans[0].rows
+        alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
+        with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=bucket) as ahead:
+            feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
+            self.runners.observers.ids = [sample.id for sample in samples]
+            outcome = executor.run(present_NM, feed, answered=answered)
+        outcome.seconds["decode"] = feed.core_seconds
+        outcome.decodings = feed.spans
+        return outcome
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from mmpipe.errors import Interrupted, MmpipeError
 from mmpipe.jobs import shards
+from mmpipe.jobs.auditing import Auditor, AuditSettings
 from mmpipe.jobs.output import claimed, writing
 from mmpipe.jobs.progress import Progress, Silent
 from mmpipe.jobs.report import write_report
@@ -43,6 +44,7 @@ class JobSettings:
     versions: Mapping[str, str]
     notes: tuple[str, ...]
     build_seconds: float
+    audit: AuditSettings | None = None
 
 
 class Engine(Protocol):
@@ -53,7 +55,12 @@ class Engine(Protocol):
     def fingerprints(self, samples: Sequence[Sample]) -> Mapping[str, str]: ...
 
     def run(
-        self, samples: Sequence[Sample], *, answered: Callable[[int], None] = ...
+        self,
+        samples: Sequence[Sample],
+        *,
+        exits: bool = ...,
+        deliberate: bool | None = ...,
+        answered: Callable[[int], None] = ...,
     ) -> tuple[list[Prediction], Outcome]: ...
 
 
@@ -104,6 +111,9 @@ def run_job(
     columns = shards.schema(settings.dims, len(settings.labels), listing.keep_types)
     tally = Tally(settings.labels, settings.exits, tuple(settings.dims))
     tally.spend("fuse", settings.build_seconds)
+    audit: Auditor | None = None
+    if settings.audit is not None:
+        audit = Auditor(settings.audit, lambda chosen: engine.run(chosen, exits=False)[0], progress.say)
     began = time.perf_counter()
     with claimed(folder, mode), _Signals() as signals:
         fingerprints = engine.fingerprints(samples)
@@ -113,12 +123,19 @@ def run_job(
             for number, start in enumerate(range(0, len(samples), settings.shard_rows)):
                 shard = samples[start : start + settings.shard_rows]
                 with signals.raised():
-                    predictions, outcome = engine.run(shard, answered=progress.advance)
+                    trusted = audit is None or audit.exits
+                    predictions, outcome = engine.run(shard, exits=trusted, deliberate=True, answered=progress.advance)
                 clock = time.perf_counter()
                 with writing(folder):
                     shards.write_shard(folder / shards.FOLDER, number, shards.table(predictions, columns))
                 tally.spend("write", time.perf_counter() - clock)
                 tally.add(shard, predictions, outcome)
+                if audit is not None:
+                    with signals.raised():
+                        audit.look(shard, predictions)
+            if audit is not None:
+                with signals.raised():
+                    audit.finish()
         except MmpipeError as error:
             stopped = error
         except MemoryError as error:
@@ -127,7 +144,7 @@ def run_job(
         finally:
             progress.finish()
         seconds = time.perf_counter() - began
-        run = _run_json(settings, tally, fingerprints, seconds, stopped)
+        run = _run_json(settings, tally, fingerprints, seconds, stopped, audit)
         # A disk that is full stays full: what stopped the job is then what to tell.
         with contextlib.suppress(MmpipeError) if stopped else contextlib.nullcontext(), writing(folder):
             with shards.replacing(folder / "run.json") as temporary:
@@ -183,9 +200,15 @@ class _Signals:
 
 
 def _run_json(
-    settings: JobSettings, tally: Tally, fingerprints: Mapping[str, str], seconds: float, stopped: MmpipeError | None
+    settings: JobSettings,
+    tally: Tally,
+    fingerprints: Mapping[str, str],
+    seconds: float,
+    stopped: MmpipeError | None,
+    audit: Auditor | None,
 ) -> dict[str, Any]:
     spent = dict(tally.seconds)
+    again = spent.pop("deliberating", 0.0)  # its segments are counted with the others
     parts = {
         name: round(spent.pop(name, 0.0), 4) for name in ("decode", "waiting", "fuse", "write")
     }  # decode: core-seconds on the workers; waiting: the model's, for media; fuse: load, capture, fuse, cut
@@ -200,11 +223,13 @@ def _run_json(
             **parts,
             "segments": {name: round(value, 4) for name, value in sorted(spent.items())},
         },
+        "deliberated": {"rows": tally.deliberated, "changed": tally.changed, "seconds": round(again, 4)},
+        "audit": None if audit is None else audit.report(),
         "errors": dict(tally.errors.most_common()),
         "interrupted": isinstance(stopped, Interrupted),
         "stopped": str(stopped) if stopped else None,  # why not all samples have a row
         "resolved": dict(settings.resolved),
         "fingerprints": dict(fingerprints),
         "versions": dict(settings.versions),
-        "notes": list(settings.notes),
+        "notes": [*settings.notes, *(audit.notes if audit is not None else ())],
     }

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmpipe.jobs import report_cards, report_sections
+from mmpipe.jobs import report_cards, report_checks, report_sections
 from mmpipe.jobs.markup import count, escape, number, percent, seconds, table, tag, user
 from mmpipe.jobs.media_cells import MediaCells
 from mmpipe.media import Limits
@@ -68,6 +68,8 @@ def page(tally: Tally, run: Mapping[str, Any], *, title: str, cells: MediaCells)
             report_cards.stories(tally, cells),
             report_sections.classes(tally),
             report_sections.confidence(tally),
+            report_checks.deliberation(tally, run),
+            report_checks.audit(run),
             report_sections.time(run),
             report_sections.failures(tally),
             report_cards.samples(tally, cells),

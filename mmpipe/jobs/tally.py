@@ -65,6 +65,8 @@ class Tally:
     present: Counter[str] = field(default_factory=Counter)
     by_label: dict[str, Counter[str]] = field(default_factory=dict)  # label → exit → rows
     confidence: dict[str, list[int]] = field(default_factory=dict)  # exit that answered → rows per bin
+    deliberated: int = 0  # rows that were looked at again
+    changed: int = 0  # of those: rows whose label is another one for it
     errors: Counter[str] = field(default_factory=Counter)  # "modality:code" → how often
     failures: list[Prediction] = field(default_factory=list)  # the first of status failed and partial
     stories: dict[str, Story] = field(default_factory=dict)
@@ -78,6 +80,10 @@ class Tally:
         steps = self._steps(outcome, predictions)
         for row, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
             self._count(prediction)
+            if prediction.deliberated and outcome.probabilities_NL is not None:
+                first = self.labels[int(outcome.probabilities_NL[row].argmax())]
+                self.deliberated += 1
+                self.changed += first != prediction.label
             shown = Shown(sample, prediction, tuple(steps.get(row, ())))
             self._tell(shown)
             self._show(shown)

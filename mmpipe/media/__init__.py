@@ -1,9 +1,10 @@
 """Folders and manifests → samples; limits; decoding; work ahead of its consumer. Imports no torch."""
 
 from mmpipe.media.ahead import Ahead, Here
-from mmpipe.media.decode import estimate_bytes, load
+from mmpipe.media.decode import estimate_bytes, load, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
+from mmpipe.media.views import View
 
 __all__ = [
     "SUFFIXES",
@@ -12,7 +13,9 @@ __all__ = [
     "Limits",
     "Listing",
     "Samples",
+    "View",
     "estimate_bytes",
     "find",
     "load",
+    "sound_seconds",
 ]

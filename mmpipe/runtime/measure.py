@@ -11,8 +11,10 @@ from torch import Tensor
 from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import HEAD, Value
 from mmpipe.runtime.executor import Executor
+from mmpipe.runtime.ledger import Gate
 from mmpipe.runtime.pool import MediaRows
 
+PASSES, BUCKETS_A_LANE = 3, 2  # of seconds_a_bucket; the first pass warms up
 _LEAST_RUNS, _MOST_RUNS = 2, 20
 _BUDGET_SECONDS = 0.05  # for one plan, after the run that warms it up
 
@@ -67,3 +69,32 @@ def expected_seconds(seconds: Sequence[float], shares: Sequence[float] | None) -
     if shares is None or len(shares) != len(seconds) or sum(shares) <= 0:
         shares = [1.0] * len(seconds)
     return sum(share * time for share, time in zip(shares, seconds, strict=True)) / sum(shares)
+
+
+def seconds_a_bucket(executor: Executor) -> float:
+    """Seconds for each bucket with all lanes busy: throughput. The gate of the executor says who leaves."""
+    plan = executor.plan
+    buckets = BUCKETS_A_LANE * plan.lanes
+    present_NM = torch.ones(plan.stage_plans[0].rows * buckets, len(plan.branches), dtype=torch.bool)
+    feed, times = MadeUp(executor), []
+    for _ in range(PASSES):
+        began = time.perf_counter()
+        executor.run(present_NM, feed)
+        times.append(time.perf_counter() - began)
+    return min(times[1:]) / buckets
+
+
+def leaving(shares: Sequence[float] | None, exits: int) -> Gate:
+    """A gate that lets these shares of all samples leave at each exit, whatever they look like. None: not known, as
+    many at each."""
+    known = shares if shares is not None and len(shares) == exits and sum(shares) > 0 else [1.0] * exits
+
+    def decide(exit_index: int, logits_RL: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+        left, count = sum(known[exit_index:]), len(logits_RL)
+        if exit_index < exits - 1:
+            count = round(count * known[exit_index] / left) if left > 0 else 0
+        leaves_R = torch.zeros(len(logits_RL), dtype=torch.bool)
+        leaves_R[:count] = True
+        return logits_RL, logits_RL.amax(dim=1), leaves_R
+
+    return decide

@@ -38,11 +38,10 @@ def test_every_key_of_the_example(tmp_path: Path) -> None:
         config.task = "embed"  # type: ignore[misc]
 
 
-def test_an_audit_parses_and_is_refused_by_name(tmp_path: Path) -> None:
-    error = refused(written(tmp_path, EXAMPLE.replace("0%", "1%")))
-    assert error.path == "fusion.audit.share"
-    assert error.where.endswith("shop.yaml:18")
-    assert "not implemented yet" in error.message
+def test_an_audit_is_a_share(tmp_path: Path) -> None:
+    audit = load(written(tmp_path, EXAMPLE.replace("0%", "1%"))).fusion.audit
+    assert audit is not None
+    assert (audit.share, audit.on_drift) == (0.01, "warn")
 
 
 @pytest.mark.parametrize("name", ["clip_clap", "embed", "custom"])

@@ -6,11 +6,13 @@ import json
 import math
 
 import pytest
+import torch
 from support import shop
 
 from mmpipe import Pipeline
-from mmpipe.calibrated import Calibration, parse_calibration, write_calibration
+from mmpipe.calibrated import Calibration, mismatch, parse_calibration, write_calibration
 from mmpipe.config import load
+from mmpipe.encoders import tiny
 from mmpipe.errors import ConfigError
 
 MADE = {
@@ -68,7 +70,7 @@ def test_a_file_replaces_the_exits_in_its_own_order_and_tempers_them(weights, tm
         tempered, _ = pipeline.run(samples, exits=False)
         calibrated, _ = pipeline.run(samples)
         assert {one.answered_by for one in calibrated} == {"audio", "audio+image", "all"}
-        print_ = pipeline.fingerprints(samples)
+        job = pipeline.fingerprints(samples)["job"]
     plain = shop.config(
         weights, [{"after": "audio", "threshold": 0.4}, {"after": ["audio", "image"], "threshold": 0.3}]
     )
@@ -107,12 +109,7 @@ def test_no_exits_could_be_certified(weights, tmp_path, core):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": "0" * 32}, "another model"),
-        ({"dtype": "bfloat16"}, "bfloat16"),
-        ({"backends": ["openvino"]}, "openvino"),
-    ],
+    ("changes", "words"), [({"model": "0" * 32}, "another model"), ({"dtype": "bfloat16"}, "bfloat16")]
 )
 def test_a_file_for_another_model_is_refused_or_leaves_the_exits_out(weights, tmp_path, core, changes, words):
     content = bound(core, **changes)
@@ -128,18 +125,21 @@ def test_a_file_for_another_model_is_refused_or_leaves_the_exits_out(weights, tm
         assert pipeline(text="a red mug").answered_by == "all"
 
 
+def test_every_binding_counts():
+    calibration = Calibration.model_validate(bound("m"))
+    assert mismatch(calibration, model="m", dtype="float32", backends=["eager"]) is None
+    assert "weights" in mismatch(calibration, model="n", dtype="float32", backends=["eager"])
+    assert "bfloat16" in mismatch(calibration, model="m", dtype="bfloat16", backends=["eager"])
+    assert "openvino" in mismatch(calibration, model="m", dtype="float32", backends=["eager", "openvino"])
+
+
 def test_what_decides_labels_changes_the_fingerprint_and_exits_do_not(weights, tmp_path, core):
     def core_of(**sections):
         with Pipeline.load(shop.config(weights, **sections)) as pipeline:
             return pipeline.built.core
 
     assert core_of() == core  # no exits at all
-    assert core_of(runtime={"batch_size": 16}) == core
     other = shop.weights(tmp_path / "other")
-    import torch
-
-    from mmpipe.encoders import tiny
-
     torch.manual_seed(5)
     tiny.save(other / "title.safetensors", "title", tiny.TitleNet())
     with Pipeline.load(shop.config(other)) as pipeline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 
@@ -58,10 +57,10 @@ def looks_of(weights, folder, exits):
         }
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(shop.KINDS)))
+@pytest.mark.parametrize("order", [("image", "text"), ("text", "audio"), ("audio", "image")])  # all subsets, all firsts
 def test_scores_of_every_order_are_what_the_pipelines_exits_compute(weights, folder, scored, order):
     scores, ids = scored
-    sequence = next(s for s in scores.sequences() if next(after for after in s if len(after) == 2) == order[:2])
+    sequence = next(s for s in scores.sequences() if next(after for after in s if len(after) == 2) == order)
     at_zero = [{"after": list(after), "threshold": 0.0} for after in sequence]
     looks = looks_of(weights, folder, at_zero)
     exits = scores.exits(sequence, {}, "max_probability")

@@ -11,26 +11,16 @@ tuned to digits. About half the media of each kind do not tell the digit by them
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import math
 import random
-import statistics
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 sys.path.append(str(Path(__file__).parent / "products"))
-from voices import ACCENTS, SAMPLE_RATE_HZ, VARIANTS, Note, render
+from voices import ACCENTS, VARIANTS, Note, render
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MISSING = 0.1  # of each kind of medium; no item misses all three

@@ -149,6 +149,22 @@ class TransformerHead(nn.Module):
     def forward(self, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> Tensor:
         return self.all_depths(embeddings, presence_BM)[-1]
 
+    @torch.no_grad()
+    def standardise(self, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> None:
+        """Before training: let each feature come with mean 0 and deviation 1 over these samples.
+
+        Encoders that were trained for something else give embeddings that have much in common and differ by little;
+        from there a head would learn slowly, if at all. The scales go into the norms that the head has anyway.
+        """
+        for column, name in enumerate(self.modalities):
+            norm = cast(nn.LayerNorm, cast(nn.Sequential, self.projections[name])[0])
+            present_BD = embeddings[name][presence_BM[:, column]].to(torch.float32)
+            if len(present_BD) > 1:
+                normed_BD = nn.functional.layer_norm(present_BD, norm.normalized_shape, eps=norm.eps)
+                deviation_D = normed_BD.std(0, correction=0).clamp_min(1e-3)
+                norm.weight.copy_(1 / deviation_D)
+                norm.bias.copy_(-normed_BD.mean(0) / deviation_D)
+
 
 def prompt_prototypes(embeddings_PLD: Tensor) -> Tensor:
     """[prompt, label, dim] → [label, dim]: the normalised mean of the normalised prompts of each label."""

@@ -39,7 +39,6 @@ class Running:
         self.slots = SlotRows(executor.plan.slots)
         self.slot_of: dict[int, int] = {}
         self.feeders = {executor.plan.feeder(branch.name).name for branch in executor.plan.branches}
-        self.embedding_of = {value: branch for branch, value in executor.plan.embeddings}
         self.looks: dict[int, Look] = {}
         self.flying: deque[Lane] = deque()
         self.sources: list[Iterator[tuple[int, int]]] = []
@@ -132,9 +131,10 @@ class Running:
         ended = {span.step for span in spans}
         for segment in self.plan.segments:
             if segment.branch != HEAD and f"out:{segment.name}" in ended:
-                for value in {*segment.writes} & {*self.embedding_of}:
-                    rows = lane.rows[segment.name].rows
-                    self.ledger.embedded(self.embedding_of[value], rows, work.views[f"{segment.name}/answer/{value}"])
+                for branch, value in self.plan.embeddings:
+                    if value in segment.writes:
+                        rows = lane.rows[segment.name].rows
+                        self.ledger.embedded(branch, rows, work.views[f"{segment.name}/answer/{value}"])
         for name, values in work.watched.items():
             rows = lane.rows[name].rows
             self.executor.watches[name].deliver(rows, {key: value[: len(rows)] for key, value in values.items()})

@@ -69,5 +69,5 @@ class Mean:
         with torch.no_grad():
             for ours, theirs in zip(self.head.parameters(), self.trained.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - keep)
-            for ours, theirs in zip(self.head.buffers(), self.trained.buffers(), strict=True):
-                ours.copy_(theirs)
+            for kept, new in zip(self.head.buffers(), self.trained.buffers(), strict=True):
+                kept.copy_(new)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmpipe.fusion.experts import single, unit
 from mmpipe.fusion.items import Items
 from mmpipe.fusion.regression import regression
 
@@ -32,20 +33,11 @@ def baselines(
     """Fit all on `training`, choose penalties on `validation`, answer `test`."""
     alone: dict[str, Tensor] = {}
     total_NL = torch.zeros(len(test), classes)
-    for column, name in enumerate(training.embeddings):
-        has_N, held_N, asked_N = (items.presence_NM[:, column] for items in (training, validation, test))
-        if not has_N.any():
-            continue
-        found = regression(
-            _unit(training, name)[has_N],
-            training.labels_N[has_N],
-            (_unit(validation, name)[held_N], validation.labels_N[held_N]),
-            classes,
-            class_weights_L=class_weights_L,
-        )
-        p_NL = found(_unit(test, name))
-        alone[name] = torch.where(asked_N[:, None], p_NL, torch.full_like(p_NL, torch.nan))
-        total_NL += torch.where(asked_N[:, None], p_NL, torch.zeros_like(p_NL))
+    for name, answer in single(training, validation, classes, class_weights_L).items():
+        asked_N1 = test.presence_NM[:, list(test.embeddings).index(name), None]
+        p_NL = answer(unit(test, name))
+        alone[name] = torch.where(asked_N1, p_NL, torch.full_like(p_NL, torch.nan))
+        total_NL += torch.where(asked_N1, p_NL, torch.zeros_like(p_NL))
     joined = regression(
         side_by_side(training),
         training.labels_N,
@@ -59,10 +51,6 @@ def baselines(
 def side_by_side(items: Items) -> Tensor:
     """[N, all D + M]: normalised embeddings, zeros where absent, then presence."""
     present = [items.presence_NM[:, m : m + 1] for m in range(len(items.embeddings))]
-    units = [_unit(items, name) for name in items.embeddings]
+    units = [unit(items, name) for name in items.embeddings]
     parts = [torch.where(flag, unit, torch.zeros_like(unit)) for unit, flag in zip(units, present, strict=True)]
     return torch.cat([*parts, items.presence_NM.float()], dim=1)
-
-
-def _unit(items: Items, name: str) -> Tensor:
-    return nn.functional.normalize(items.embeddings[name].float(), dim=-1)

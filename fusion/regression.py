@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpipe.fusion.items import TrainingError
 
-PENALTIES = (1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,13 @@ class Regression:
     bias_L: Tensor
     penalty: float
 
+    def logits(self, features_NF: Tensor) -> Tensor:
+        """[N, L]."""
+        return nn.functional.linear(features_NF.float(), self.weight_LF, self.bias_L)
+
     def __call__(self, features_NF: Tensor) -> Tensor:
         """Probabilities [N, L]."""
-        return nn.functional.linear(features_NF.float(), self.weight_LF, self.bias_L).softmax(dim=-1)
+        return self.logits(features_NF).softmax(dim=-1)
 
 
 def regression(
@@ -46,7 +50,7 @@ def regression(
         found = Regression(
             *train_probe(features_NF, labels_N, classes, penalty=penalty, class_weights_L=class_weights_L), penalty
         )
-        logits_NL = nn.functional.linear(held_NF.float(), found.weight_LF, found.bias_L)
+        logits_NL = found.logits(held_NF)
         losses_N = nn.functional.cross_entropy(logits_NL, held_N, reduction="none") * weights_L[held_N]
         loss = float(losses_N.mean()) if len(held_N) else penalty
         if best is None or loss < best[0]:

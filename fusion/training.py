@@ -58,6 +58,7 @@ def train_head(
     noise: float = 0.0,
     recombined: float = 0.0,
     averaging: float = 0.0,
+    from_start: bool = False,
     class_weights_L: Tensor | None = None,
     validation_share: float = 0.1,
     validation_rows: Tensor | None = None,
@@ -74,8 +75,9 @@ def train_head(
 
     Against learning samples by heart: `noise` is added to each feature, in its standard deviations; `recombined` is
     the share of samples whose media are drawn, each by itself, from all of their label; `averaging` is how much of the
-    mean of past weights each step keeps, that mean being what is validated and stays. `class_weights_L` weighs the
-    loss by label (`balanced_weights`).
+    mean of past weights each step keeps, that mean being what is validated and stays. `from_start`: the weights that
+    the head comes with may win too; they are the history's first entry. `class_weights_L` weighs the loss by label
+    (`balanced_weights`).
 
     Raises TrainingError on shapes that don't fit, unknown modalities, or fewer than ten samples with a modality.
     """
@@ -95,7 +97,10 @@ def train_head(
     history: list[Epoch] = []
     best_epoch, best_weights = 0, copy.deepcopy(head.state_dict())
     was_training = head.training
-    for epoch in range(epochs):
+    if from_start:
+        before = _validate(head, items.rows(training_N), masks, weights_L)[0]
+        history.append(Epoch(before, *_validate(head, held_out, masks, weights_L)))
+    for _ in range(epochs):
         head.train()
         total = 0.0
         for rows_B in torch.split(torch.randperm(len(training_N), generator=generator), batch_size):
@@ -110,9 +115,10 @@ def train_head(
             mean.update()
             total += float(loss.detach()) * len(rows_B)
         history.append(Epoch(total / len(training_N), *_validate(mean.head, held_out, masks, weights_L)))
-        if history[-1].validation_loss < history[best_epoch].validation_loss or epoch == 0:
-            best_epoch, best_weights = epoch, copy.deepcopy(mean.head.state_dict())
-        elif epoch - best_epoch >= patience:
+        here = len(history) - 1
+        if here == 0 or history[here].validation_loss < history[best_epoch].validation_loss:
+            best_epoch, best_weights = here, copy.deepcopy(mean.head.state_dict())
+        elif here - best_epoch >= patience:
             break
         augment.shuffle()
     head.load_state_dict(best_weights)

@@ -73,7 +73,7 @@ class Compared:
         """Two-sided sign test of the samples on which the two differ."""
         n = self.better + self.worse
         tail = sum(comb(n, k) for k in range(max(self.better, self.worse), n + 1)) / 2**n
-        return min(1.0, 2 * tail)
+        return float(min(1.0, 2 * tail))
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ def stratified(labels_N: Tensor, seed: int) -> Split:
     """At random within each label, so that every part has each label's share; a label of three has one in each."""
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Tensor], ...] = ([], [], [])
-    for label in labels_N.unique():
+    for label in range(int(labels_N.max()) + 1):
         rows = torch.nonzero(labels_N == label).squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator)]
+        if len(rows) == 0:
+            continue
         test = max(1, round(TEST_SHARE * len(rows)))
         held = max(1, round(VALIDATION_SHARE * len(rows)))
         for part, chosen in zip(parts, (rows[test + held :], rows[test : test + held], rows[:test]), strict=True):

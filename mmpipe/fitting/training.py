@@ -5,7 +5,8 @@ Shapes: N sample, V validation, M modality, L label, D feature, E exit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -20,6 +21,7 @@ from mmpipe.fitting.splitting import Split
 from mmpipe.fusion import gate
 from mmpipe.fusion.baselines import side_by_side
 from mmpipe.fusion.checkpoint import load_head
+from mmpipe.fusion.experts import single, start_from, weighed
 from mmpipe.fusion.heads import DepthHead, HeadError, LinearHead, TransformerHead
 from mmpipe.fusion.items import Items, TrainingError, balanced_weights
 from mmpipe.fusion.regression import PENALTIES, Regression, regression
@@ -60,6 +62,22 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
 def fit(config: Config, labels: Sequence[str], embedded: Embedded, split: Split, *, seed: int, epochs: int) -> Fitted:
     """Train on the split's training part, choose by its validation part. Raises ConfigError where a head can't be made,
     MmpipeError where it can't be trained."""
+    with _one_thread():
+        return _fit(config, labels, embedded, split, seed, epochs)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Heads are so small that threads cost more than they bring; and the weights don't depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fit(config: Config, labels: Sequence[str], embedded: Embedded, split: Split, seed: int, epochs: int) -> Fitted:
     items, classes = embedded.items, len(labels)
     weights_L = balanced_weights(items.labels_N[split.training], classes)
     kind = config.fusion.head
@@ -89,8 +107,13 @@ def _head(config: Config, labels: Sequence[str], dims: Mapping[str, int]) -> tup
         return LinearHead(dims, labels), {}
     if kind == "transformer":
         deepest = [int(e.name.partition(".layer")[2]) for e in config.fusion.exits if e.name.startswith(f"{HEAD}.")]
-        options = {"width": 64, "depth": max([2, *(depth + 1 for depth in deepest)]), "heads": 4}
-        return TransformerHead(dims, labels, **options), options
+        shape: dict[str, Any] = {
+            "width": 64,
+            "depth": max([2, *(depth + 1 for depth in deepest)]),
+            "heads": 4,
+            "direct": True,
+        }
+        return TransformerHead(dims, labels, **shape), shape
     options = dict(config.fusion.options)
     head = load_head(kind, dims, labels, checkpoint=None, options=options, base=config.source.folder)
     if not list(head.parameters()):
@@ -104,6 +127,8 @@ def _train(head: nn.Module, items: Items, split: Split, weights_L: Tensor, seed:
     if isinstance(head, TransformerHead):
         training = items.rows(split.training)
         head.standardise(training.embeddings, training.presence_NM)
+        validation, classes = items.rows(split.validation), len(weights_L)
+        start_from(head, weighed(single(training, validation, classes, weights_L), validation, weights_L))
     return train_head(
         head,
         here.embeddings,
@@ -113,6 +138,7 @@ def _train(head: nn.Module, items: Items, split: Split, weights_L: Tensor, seed:
         epochs=epochs,
         batch_size=min(256, max(16, len(split.training) // 8)),  # few samples need no fewer steps
         class_weights_L=weights_L,
+        from_start=isinstance(head, TransformerHead),
         validation_rows=torch.arange(len(split.training), len(both)),
         seed=seed,
         **TRANSFORMER,

@@ -30,7 +30,8 @@ def against(one: Compared) -> str:
 def summary(measured: Measured) -> str:
     """A few lines for a terminal, 80 columns."""
     lines = [verdict(measured), ""]
-    width = max(len(name) for name in ("baseline", *(o.name for o in (*measured.subsets, *measured.baselines))))
+    names = [*(one.name for one in measured.subsets), *(one.name for one in measured.baselines)]
+    width = max(map(len, ["baseline", *names]))
     lines.append(f"  {'seen':<{width}}  {'samples':>7}  accuracy, 95% interval")
     lines += [f"  {o.name:<{width}}  {o.score.count:>7,}  {accuracy(o.score)}" for o in measured.subsets]
     lines += ["", f"  {'baseline':<{width}}  {'samples':>7}  accuracy, 95% interval; only one right"]

@@ -110,10 +110,20 @@ class _Layer(nn.Module):
 
 
 class TransformerHead(nn.Module):
-    """A small transformer over one token per modality and an answer token; every depth can answer."""
+    """A small transformer over one token per modality and an answer token; every depth can answer.
+
+    `direct`: each present modality's normalised embedding also adds a linear answer of its own, at every depth, and the
+    layers answer what is left.
+    """
 
     def __init__(
-        self, dims: Mapping[str, int], labels: Sequence[str], width: int = 64, depth: int = 2, heads: int = 4
+        self,
+        dims: Mapping[str, int],
+        labels: Sequence[str],
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+        direct: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -128,6 +138,7 @@ class TransformerHead(nn.Module):
         self.answers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(labels))) for _ in range(depth)
         )
+        self.direct = nn.ModuleDict({m: nn.Linear(d, len(labels)) for m, d in dims.items()}) if direct else None
 
     def all_depths(self, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> list[Tensor]:
         batch = presence_BM.shape[0]
@@ -144,10 +155,33 @@ class TransformerHead(nn.Module):
         for layer, answer in zip(self.layers, self.answers, strict=True):
             x_BTW = layer(x_BTW, bias_B11T)
             logits.append(answer(x_BTW[:, 0]))
-        return logits
+        if self.direct is None:
+            return logits
+        direct_BL = torch.zeros_like(logits[0])
+        for column, name in enumerate(self.modalities):
+            unit_BD = nn.functional.normalize(embeddings[name].to(torch.float32), dim=-1)
+            own_BL = self.direct[name](unit_BD)
+            direct_BL = direct_BL + torch.where(presence_BM[:, column : column + 1], own_BL, torch.zeros_like(own_BL))
+        return [logits_BL + direct_BL for logits_BL in logits]
 
     def forward(self, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> Tensor:
         return self.all_depths(embeddings, presence_BM)[-1]
+
+    @torch.no_grad()
+    def standardise(self, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> None:
+        """Before training: let each feature come with mean 0 and deviation 1 over these samples.
+
+        Encoders that were trained for something else give embeddings that have much in common and differ by little;
+        from there a head would learn slowly, if at all. The scales go into the norms that the head has anyway.
+        """
+        for column, name in enumerate(self.modalities):
+            norm = cast(nn.LayerNorm, cast(nn.Sequential, self.projections[name])[0])
+            present_BD = embeddings[name][presence_BM[:, column]].to(torch.float32)
+            if len(present_BD) > 1:
+                normed_BD = nn.functional.layer_norm(present_BD, norm.normalized_shape, eps=norm.eps)
+                deviation_D = normed_BD.std(0, correction=0).clamp_min(1e-3)
+                norm.weight.copy_(1 / deviation_D)
+                norm.bias.copy_(-normed_BD.mean(0) / deviation_D)
 
 
 def prompt_prototypes(embeddings_PLD: Tensor) -> Tensor:

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mmpipe.fusion.augment import Augment, Mean
 from mmpipe.fusion.heads import DepthHead
-
-
-class TrainingError(ValueError):
-    """What was given can't be trained on. The message says why."""
+from mmpipe.fusion.items import Items, TrainingError
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,13 @@ def train_head(
     lr: float = 1e-3,
     weight_decay: float = 0.01,
     modality_dropout: float = 0.3,
+    noise: float = 0.0,
+    recombined: float = 0.0,
+    averaging: float = 0.0,
+    from_start: bool = False,
+    class_weights_L: Tensor | None = None,
     validation_share: float = 0.1,
+    validation_rows: Tensor | None = None,
     patience: int = 8,
     seed: int = 0,
 ) -> TrainingResult:
@@ -66,63 +70,87 @@ def train_head(
     Presence has its columns in the order of `embeddings`. Each batch is seen through every prefix (the modalities
     that an exit has, each list by name), whole, and once with modalities dropped at random, so that any subset can
     answer; the loss is the mean cross entropy over these and over all depths that the head has. The epoch with the
-    least loss on a held-out part wins. Same seed, same threads: same weights (initial ones are the caller's).
+    least loss on a held-out part (`validation_rows`, else a random share) wins. Same seed, same threads: same weights
+    (initial ones are the caller's).
+
+    Against learning samples by heart: `noise` is added to each feature, in its standard deviations; `recombined` is
+    the share of samples whose media are drawn, each by itself, from all of their label; `averaging` is how much of the
+    mean of past weights each step keeps, that mean being what is validated and stays. `from_start`: the weights that
+    the head comes with may win too; they are the history's first entry. `class_weights_L` weighs the loss by label
+    (`balanced_weights`).
 
     Raises TrainingError on shapes that don't fit, unknown modalities, or fewer than ten samples with a modality.
     """
     masks = _subsets(list(embeddings), prefixes)
     _check(embeddings, presence_NM, labels_N)
+    items = Items(embeddings, presence_NM, labels_N)
     generator = torch.Generator().manual_seed(seed)
-    usable_N = torch.nonzero(presence_NM.any(dim=1)).squeeze(1)
-    if len(usable_N) < 10:
-        raise TrainingError(f"{len(usable_N)} samples with at least one modality: too few to train a head on")
-    shuffled_N = usable_N[torch.randperm(len(usable_N), generator=generator)]
-    held = max(1, round(validation_share * len(shuffled_N)))
-    validation_N, training_N = shuffled_N[:held], shuffled_N[held:]
+    training_N, validation_N = _parts(presence_NM, validation_rows, validation_share, generator)
+    held_out = items.rows(validation_N)
+    augment = Augment(items.rows(training_N), noise, recombined, generator)
+    weights_L = torch.ones(int(labels_N.max()) + 1) if class_weights_L is None else class_weights_L
 
     optimiser = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     steps = math.ceil(len(training_N) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * steps, pct_start=0.1)
+    mean = Mean(head, averaging)
     history: list[Epoch] = []
     best_epoch, best_weights = 0, copy.deepcopy(head.state_dict())
     was_training = head.training
-    for epoch in range(epochs):
+    if from_start:
+        before = _validate(head, items.rows(training_N), masks, weights_L)[0]
+        history.append(Epoch(before, *_validate(head, held_out, masks, weights_L)))
+    for _ in range(epochs):
         head.train()
-        order_N = training_N[torch.randperm(len(training_N), generator=generator)]
         total = 0.0
-        for rows_B in torch.split(order_N, batch_size):
+        for rows_B in torch.split(torch.randperm(len(training_N), generator=generator), batch_size):
             kept_BM = torch.rand(len(rows_B), presence_NM.shape[1], generator=generator) >= modality_dropout
-            losses = [
-                loss
-                for seen_BM in (*masks, kept_BM)
-                for loss in _losses(head, embeddings, presence_NM, labels_N, rows_B, seen_BM)
-            ]
-            loss = torch.stack(losses).mean()
+            loss = _loss(head, augment(rows_B), [*masks, kept_BM], weights_L)
+            if loss is None:
+                continue
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
+            mean.update()
             total += float(loss.detach()) * len(rows_B)
-        history.append(
-            Epoch(total / len(training_N), *_validate(head, embeddings, presence_NM, labels_N, validation_N, masks))
-        )
-        if history[-1].validation_loss < history[best_epoch].validation_loss or epoch == 0:
-            best_epoch, best_weights = epoch, copy.deepcopy(head.state_dict())
-        elif epoch - best_epoch >= patience:
+        history.append(Epoch(total / len(training_N), *_validate(mean.head, held_out, masks, weights_L)))
+        here = len(history) - 1
+        if here == 0 or history[here].validation_loss < history[best_epoch].validation_loss:
+            best_epoch, best_weights = here, copy.deepcopy(mean.head.state_dict())
+        elif here - best_epoch >= patience:
             break
+        augment.shuffle()
     head.load_state_dict(best_weights)
     head.train(was_training)
     return TrainingResult(tuple(history), best_epoch, tuple(validation_N.tolist()))
 
 
+def _parts(
+    presence_NM: Tensor, validation_rows: Tensor | None, share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out, of those that have anything."""
+    usable_N = torch.nonzero(presence_NM.any(dim=1)).squeeze(1)
+    if len(usable_N) < 10:
+        raise TrainingError(f"{len(usable_N)} samples with at least one modality: too few to train a head on")
+    if validation_rows is not None:
+        held_N = torch.isin(usable_N, validation_rows)
+        if held_N.all() or not held_N.any():
+            raise TrainingError("nothing is left to train on, or nothing is held out")
+        return usable_N[~held_N], usable_N[held_N]
+    shuffled_N = usable_N[torch.randperm(len(usable_N), generator=generator)]
+    held = max(1, round(share * len(shuffled_N)))
+    return shuffled_N[held:], shuffled_N[:held]
+
+
 def _subsets(modalities: list[str], prefixes: Sequence[Sequence[str]]) -> list[Tensor]:
-    """One bool [M] per prefix, the whole last."""
+    """One bool [1, M] per prefix, the whole last."""
     masks = []
     for prefix in prefixes:
         if unknown := set(prefix) - set(modalities):
             raise TrainingError(f"prefix {list(prefix)}: no embeddings for {', '.join(sorted(unknown))}")
-        masks.append(torch.tensor([name in prefix for name in modalities]))
-    whole = torch.ones(len(modalities), dtype=torch.bool)
+        masks.append(torch.tensor([[name in prefix for name in modalities]]))
+    whole = torch.ones(1, len(modalities), dtype=torch.bool)
     return [mask for mask in masks if not mask.all()] + [whole]
 
 
@@ -139,22 +167,26 @@ def _check(embeddings: Mapping[str, Tensor], presence_NM: Tensor, labels_N: Tens
             raise TrainingError(f"{name} embeddings hold values that are not finite")
 
 
-def _losses(
-    head: nn.Module,
-    embeddings: Mapping[str, Tensor],
-    presence_NM: Tensor,
-    labels_N: Tensor,
-    rows_B: Tensor,
-    seen_BM: Tensor,
-) -> Iterator[Tensor]:
-    """Cross entropy of each depth, over the rows that have something left to see."""
-    left_BM = presence_NM[rows_B] & seen_BM
-    some_B = left_BM.any(dim=1)
-    if not some_B.any():
-        return
-    rows_B, left_BM = rows_B[some_B], left_BM[some_B]
-    for logits_BL in _depths(head, {name: value[rows_B] for name, value in embeddings.items()}, left_BM):
-        yield nn.functional.cross_entropy(logits_BL, labels_N[rows_B])
+def _loss(head: nn.Module, items: Items, views: Sequence[Tensor], weights_L: Tensor) -> Tensor | None:
+    """The mean over views (bool [1 or B, M]) and depths of the cross entropy over the rows that have something to see.
+
+    All views are one call of the head: the calls are what takes the time, not their rows. None: nothing to see.
+    """
+    left_VBM = torch.stack([items.presence_NM & view for view in views])
+    some_VB = left_VBM.any(dim=2)
+    views_R, rows_R = torch.nonzero(some_VB, as_tuple=True)
+    if len(rows_R) == 0:
+        return None
+    counts_V = some_VB.sum(dim=1)
+    share_R = 1.0 / (counts_V[views_R] * int((counts_V > 0).sum()))
+    labels_R = items.labels_N[rows_R]
+    taken = {name: value[rows_R] for name, value in items.embeddings.items()}
+    depths = _depths(head, taken, left_VBM[views_R, rows_R])
+    losses = [
+        (nn.functional.cross_entropy(logits_RL, labels_R, reduction="none") * weights_L[labels_R] * share_R).sum()
+        for logits_RL in depths
+    ]
+    return torch.stack(losses).mean()
 
 
 def _depths(head: nn.Module, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> list[Tensor]:
@@ -162,21 +194,16 @@ def _depths(head: nn.Module, embeddings: Mapping[str, Tensor], presence_BM: Tens
 
 
 @torch.no_grad()
-def _validate(
-    head: nn.Module,
-    embeddings: Mapping[str, Tensor],
-    presence_NM: Tensor,
-    labels_N: Tensor,
-    rows_V: Tensor,
-    masks: Sequence[Tensor],
-) -> tuple[float, float]:
+def _validate(head: nn.Module, items: Items, masks: Sequence[Tensor], weights_L: Tensor) -> tuple[float, float]:
     head.eval()
-    losses = [
-        loss for mask in masks for loss in _losses(head, embeddings, presence_NM, labels_N, rows_V, mask.unsqueeze(0))
-    ]
-    logits_VL = head({name: value[rows_V] for name, value in embeddings.items()}, presence_NM[rows_V])
-    accuracy = (logits_VL.argmax(dim=1) == labels_N[rows_V]).float().mean()
-    return float(torch.stack(losses).mean()), float(accuracy)
+    loss = _loss(head, items, masks, weights_L)
+    assert loss is not None
+    logits_VL = head(items.embeddings, items.presence_NM)
+    accuracy = (logits_VL.argmax(dim=1) == items.labels_N).float().mean()
+    return float(loss), float(accuracy)
+
+
+__all__ = ["Epoch", "Items", "TrainingError", "TrainingResult", "choose_thresholds", "train_head"]
 
 
 def choose_thresholds(

@@ -37,8 +37,10 @@ def stages_of(graph: fx.Graph) -> dict[fx.Node, int]:
     outputs = outputs_of(graph)
     exits, last = list(outputs["exits"].values()), max(0, len(outputs["exits"]) - 1)
     stage: dict[fx.Node, int] = {}
-    for number, node in [*enumerate(exits), *((last, node) for node in outputs["embeddings"].values())]:
+    for number, node in enumerate(exits):
         _claim(node, number, stage)
+    for node in (*outputs["embeddings"].values(), *outputs["states"].values()):
+        _claim(node, last, stage)
     floating = _batch_only(graph)
     for node in floating:
         stage.pop(node, None)
@@ -133,7 +135,7 @@ def cut(graph: FusedGraph) -> Cut:
         exits=tuple(_exits(outputs["exits"], stage, list(names))),
         segments=tuple(segments),
         values=tuple(values.values()),
-        embeddings=tuple((name, node.name) for name, node in outputs["embeddings"].items()),
+        embeddings=tuple((name, node.name) for key in ("embeddings", "states") for name, node in outputs[key].items()),
     )
     return Cut(plan, modules)
 

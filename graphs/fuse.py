@@ -1,7 +1,8 @@
 """Captured branches and a captured head → one torch.fx graph with one output per exit.
 
     inputs   "image.pixels", "text.input_ids", … and "presence" [batch, branch]
-    output   {"exits": {name: logits [batch, label]}, "embeddings": {branch: [batch, dim]}}
+    output   {"exits": {name: logits [batch, label]}, "embeddings": {branch: [batch, dim]},
+              "states": {"image.layer4": [batch, features]}}, the pooled layers that were asked for
 
 The head is copied once per exit, with constants for what that exit does not see. Masking embeddings instead would make
 every exit depend on every encoder, and there would be nothing to leave to a later stage.
@@ -35,6 +36,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class PooledLayer:
+    """A layer's state to hand out, pooled exactly as a probe on it would pool: what probes are trained on."""
+
+    branch: str
+    layer: int  # from 1
+    mask: str | None = None  # as a Probe's
+
+    @property
+    def name(self) -> str:
+        return f"{self.branch}.layer{self.layer}"
+
+
+@dataclass(frozen=True)
 class ExitSpec:
     """An exit to build: the head on what it `sees`, at `depth` (1-based head output; None: the last), or a probe."""
 
@@ -64,11 +78,17 @@ def mark_of(node: fx.Node) -> Mark:
     return Mark(HEAD)
 
 
-def fuse(branches: Sequence[Captured], head: Captured | None, exits: Sequence[ExitSpec]) -> FusedGraph:
+def fuse(
+    branches: Sequence[Captured],
+    head: Captured | None,
+    exits: Sequence[ExitSpec],
+    states: Sequence[PooledLayer] = (),
+) -> FusedGraph:
     """Join graphs of encoders (one output, [batch, dim]) and of a head into one.
 
     `head`: captured with inputs `presence` and one per branch, outputs one per depth. `exits`: in order, the last being
-    the full pipeline; empty together with `head=None` for a pipeline that only embeds.
+    the full pipeline; empty together with `head=None` for a pipeline that only embeds. `states`: pooled layers that
+    are outputs too, beside the embeddings.
     """
     if (head is None) != (not exits):
         raise GraphError("a head and exits go together")
@@ -101,7 +121,8 @@ def fuse(branches: Sequence[Captured], head: Captured | None, exits: Sequence[Ex
             if spec.depth is not None and spec.depth > len(outputs):
                 raise GraphError(f"exit {spec.name}: the head answers at {len(outputs)} depths, not {spec.depth}")
             answers[spec.name] = outputs[(spec.depth or len(outputs)) - 1]
-    return joiner.finish({"exits": answers, "embeddings": embeddings})
+    pooled = {state.name: joiner.state(state) for state in states}
+    return joiner.finish({"exits": answers, "embeddings": embeddings, "states": pooled})
 
 
 class _Joiner:
@@ -195,31 +216,46 @@ class _Joiner:
 
     def probe(self, probe: Probe, name: str) -> fx.Node:
         """Pool the state after a layer and answer from it."""
+        base = Mark(HEAD, copy=name)
+        features = probe.weight_LD.shape[1]
         state = layer_output(self.graph, probe.branch, probe.layer)
         shape = mark_of(state).shape
         assert shape is not None
-        base = Mark(HEAD, copy=name)
-        features = probe.weight_LD.shape[1]
         if features not in (shape[-1], shape[1]):
             raise GraphError(f"exit {name}: its probe wants {features} features, the layer has {shape[-1]}")
-        pooled = replace(base, shape=("B", features), dtype=torch.float32)
-        if len(shape) == 3 and features == shape[-1] and probe.mask is not None:
-            mask = self.made[f"{probe.branch}.{probe.mask}"]
-            weight = replace(base, shape=(*(mark_of(mask).shape or ()), 1), dtype=torch.float32)
-            mask_BT1 = self._node(aten.unsqueeze.default, (mask, -1), replace(weight, dtype=mark_of(mask).dtype))
-            mask_BT1 = self._node(aten.to.dtype, (mask_BT1, torch.float32), weight)
-            kept = self._node(aten.mul.Tensor, (state, mask_BT1), replace(mark_of(state), branch=HEAD, copy=name))
-            total = self._node(aten.sum.dim_IntList, (kept, [1]), pooled)
-            count = self._node(aten.sum.dim_IntList, (mask_BT1, [1]), replace(pooled, shape=("B", 1)))
-            count = self._node(aten.clamp_min.default, (count, 1.0), replace(pooled, shape=("B", 1)))
-            state = self._node(aten.div.Tensor, (total, count), pooled)
-        elif len(shape) > 2:  # features last (tokens), else first (convolutions)
-            over = range(1, len(shape) - 1) if features == shape[-1] else range(2, len(shape))
-            state = self._node(aten.mean.dim, (state, list(over)), pooled)
+        pooled = self.pool(state, features, probe.branch, probe.mask, base)
         weight_node = self._constant(f"exit.{name.replace('.', '_')}.weight", probe.weight_LD, base)
         bias_node = self._constant(f"exit.{name.replace('.', '_')}.bias", probe.bias_L, base)
         logits = replace(base, shape=("B", probe.weight_LD.shape[0]), dtype=torch.float32)
-        return self._node(aten.linear.default, (state, weight_node, bias_node), logits)
+        return self._node(aten.linear.default, (pooled, weight_node, bias_node), logits)
+
+    def state(self, layer: PooledLayer) -> fx.Node:
+        """A layer's pooled state as an output of its own branch."""
+        state = layer_output(self.graph, layer.branch, layer.layer)
+        features = layer_features(self.graph, layer.branch, layer.layer)
+        return self.pool(state, features, layer.branch, layer.mask, Mark(layer.branch))
+
+    def pool(self, state: fx.Node, features: int, branch: str, mask: str | None, base: Mark) -> fx.Node:
+        """[batch, …] → [batch, features]: the mean over all but those two, where there is a mask over what it keeps."""
+        shape = mark_of(state).shape
+        assert shape is not None
+        pooled = replace(base, shape=("B", features), dtype=torch.float32)
+        if len(shape) == 3 and features == shape[-1] and mask is not None:
+            mask_BT = self.made[f"{branch}.{mask}"]
+            weight = replace(base, shape=(*(mark_of(mask_BT).shape or ()), 1), dtype=torch.float32)
+            mask_BT1 = self._node(aten.unsqueeze.default, (mask_BT, -1), replace(weight, dtype=mark_of(mask_BT).dtype))
+            mask_BT1 = self._node(aten.to.dtype, (mask_BT1, torch.float32), weight)
+            kept = self._node(
+                aten.mul.Tensor, (state, mask_BT1), replace(base, shape=shape, dtype=mark_of(state).dtype)
+            )
+            total = self._node(aten.sum.dim_IntList, (kept, [1]), pooled)
+            count = self._node(aten.sum.dim_IntList, (mask_BT1, [1]), replace(pooled, shape=("B", 1)))
+            count = self._node(aten.clamp_min.default, (count, 1.0), replace(pooled, shape=("B", 1)))
+            return self._node(aten.div.Tensor, (total, count), pooled)
+        if len(shape) > 2:  # features last (tokens), else first (convolutions)
+            over = range(1, len(shape) - 1) if features == shape[-1] else range(2, len(shape))
+            return self._node(aten.mean.dim, (state, list(over)), pooled)
+        return state
 
     def finish(self, output: dict[str, dict[str, fx.Node]]) -> FusedGraph:
         self.graph.erase_node(self.start)
@@ -246,11 +282,30 @@ def layer_output(graph: fx.Graph, branch: str, layer: int) -> fx.Node:
     return found
 
 
+def layer_features(graph: fx.Graph, branch: str, layer: int) -> int:
+    """How many features a layer's output has: of its dimensions, the one that the layer's vectors (biases, norms) have.
+
+    A token's features are last, a convolution's first; the shape alone doesn't say which it is.
+    """
+    shape = mark_of(layer_output(graph, branch, layer)).shape
+    assert shape is not None
+    vectors = [
+        mark_of(argument).shape
+        for node in graph.nodes
+        if mark_of(node).branch == branch and mark_of(node).layer == layer
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr" and len(mark_of(argument).shape or ()) == 1
+    ]
+    first, last = (sum(vector == (size,) for vector in vectors) for size in (shape[1], shape[-1]))
+    convolution = first > last or (first == last and len(shape) == 4)
+    return int(shape[1] if convolution else shape[-1])
+
+
 def outputs_of(graph: fx.Graph) -> dict[str, dict[str, fx.Node]]:
-    """The fused graph's output: {"exits": {name: node}, "embeddings": {branch: node}}."""
+    """The fused graph's output: {"exits": {name: node}, "embeddings": {branch: node}, "states": {layer: node}}."""
     found = next(node for node in graph.nodes if node.op == "output").args[0]
     assert isinstance(found, Mapping)
-    return {key: dict(value) for key, value in found.items()}
+    return {"states": {}, **{key: dict(value) for key, value in found.items()}}
 
 
 def inputs_of(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:

@@ -191,7 +191,7 @@ class Plan:
     exits: tuple[Exit, ...]  # empty for a pipeline that only embeds
     segments: tuple[Segment, ...]
     values: tuple[Value, ...]
-    embeddings: tuple[tuple[str, str], ...]  # branch → the value that is its embedding
+    embeddings: tuple[tuple[str, str], ...]  # branch → the value that is its embedding; "image.layer4" → a pooled state
     stage_plans: tuple[StagePlan, ...] = ()
     lanes: int = 1  # runs in flight at once, each with scratch of its own
     slots: int = 0  # rows of the slots: samples that are live at once

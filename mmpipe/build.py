@@ -26,7 +26,7 @@ from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelErro
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
 from mmpipe.fusion.heads import DepthHead, HeadError, ZeroShotHead, prompt_prototypes
 from mmpipe.graphs.capture import Captured, capture
-from mmpipe.graphs.fuse import ExitSpec, FusedGraph, Probe, fuse
+from mmpipe.graphs.fuse import ExitSpec, FusedGraph, PooledLayer, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
 
@@ -63,12 +63,19 @@ class Built:
     calibration: Calibration | None = None  # whose exits these are; the caller checks type and backend
 
 
-def build(config: Config, *, say: Callable[[str], None] = lambda text: None, without_exits: str = "") -> Built:
+def build(
+    config: Config,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    without_exits: str = "",
+    encoders_only: bool = False,
+) -> Built:
     """Load encoders and head, capture and fuse them. `say` is told what takes time. ConfigError or ModelError.
 
-    `without_exits`: why the calibration's exits are left out, where they are.
+    `without_exits`: why the calibration's exits are left out, where they are. `encoders_only`: no head and no exits; of
+    each layer that an exit asks for, the pooled state is an output beside the embeddings. What heads are trained on.
     """
-    calibration = read_calibration(config) if config.fusion.calibration is not None else None
+    calibration = read_calibration(config) if config.fusion.calibration is not None and not encoders_only else None
     encoders: dict[str, Encoder] = {}
     modality: str
     for modality, settings in config.encoders.items():
@@ -85,8 +92,9 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None, wit
             )
     labels = config.all_labels
     dims = {modality: encoder.dim for modality, encoder in encoders.items()}
-    checkpoint = _checkpoint(config)
-    head = _head(config, encoders, dims, checkpoint) if config.task == "classify" else None
+    classifies = config.task == "classify" and not encoders_only
+    checkpoint = _checkpoint(config) if classifies else None
+    head = _head(config, encoders, dims, checkpoint) if classifies else None
     modules = {modality: encoder.module for modality, encoder in encoders.items()}
     by_name: dict[str, EncoderConfig] = {str(name): its for name, its in config.encoders.items()}
     prepared_by = {name: _settings(encoder, by_name[name].options) for name, encoder in encoders.items()}
@@ -100,15 +108,17 @@ def build(config: Config, *, say: Callable[[str], None] = lambda text: None, wit
     for modality, encoder in encoders.items():
         with _as_config_error(config, f"encoders.{modality}.model"):
             branches.append(_captured(encoder, modality))
-    specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(gating.exits)]
-    with _as_config_error(config, "fusion.exits" if specs else "fusion.head"):
+    exits = gating.exits if classifies else ()
+    specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(exits)]
+    states = _states(config, encoders) if encoders_only else []
+    with _as_config_error(config, "fusion.exits" if specs or states else "fusion.head"):
         captured_head = _captured_head(head, dims) if head is not None else None
         if captured_head is not None:
             specs.append(ExitSpec(FULL, tuple(encoders)))
-        graph = fuse(branches, captured_head, specs)
+        graph = fuse(branches, captured_head, specs, states)
         removed = optimise(graph)
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
-    if config.fusion.head == "zero_shot" and gating.exits and calibration is None:
+    if config.fusion.head == "zero_shot" and specs[:-1] and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
     preparations = {name: _preparation(encoder, prepared_by[name]) for name, encoder in encoders.items()}
     if without_exits:
@@ -302,9 +312,17 @@ def _exit_spec(
         return ExitSpec(exit_.name, tuple(encoders), depth=int(layer))
     with _as_config_error(config, f"fusion.exits.{number}.after"):
         weight_LD, bias_L = probe(checkpoint, exit_.name, config.all_labels)
-    encoder = encoders[place]
-    mask = encoder.mask if isinstance(encoder, BuiltEncoder) else None
-    return ExitSpec(exit_.name, (place,), probe=Probe(place, int(layer), weight_LD, bias_L, mask))
+    return ExitSpec(exit_.name, (place,), probe=Probe(place, int(layer), weight_LD, bias_L, _mask(encoders[place])))
+
+
+def _mask(encoder: Encoder) -> str | None:
+    return encoder.mask if isinstance(encoder, BuiltEncoder) else None
+
+
+def _states(config: Config, encoders: Mapping[str, Encoder]) -> list[PooledLayer]:
+    """The layers of encoders that the configuration's exits stand after."""
+    places = [exit_.name.partition(".layer") for exit_ in config.fusion.exits if len(exit_.after) == 1]
+    return [PooledLayer(p, int(layer), _mask(encoders[p])) for p, _, layer in places if layer and p != HEAD]
 
 
 __all__ = ["Built", "ConfigError", "Preparation", "build", "pull_weights"]

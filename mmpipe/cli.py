@@ -313,6 +313,36 @@ def calibrate(
 
 
 @app.command()
+def fit(
+    config: ConfigArgument,
+    truth: Annotated[Path, typer.Option(help="Table of true labels: columns id and label.")],
+    output: Annotated[Path, typer.Option(help="Folder to write into: new or empty.")],
+    input: InputOption = None,
+    seed: Annotated[int, typer.Option(help="Of the split and the training: the same seed, the same head.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="At most; training stops when it no longer helps.")] = 60,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only N labelled samples, drawn at random.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train the head, and the exits' probes, on labelled media: head.safetensors, config.yaml, fit.html.
+
+    Runs the encoders once over all samples, and trains on what they say. The configuration needs encoders; its head may
+    have no checkpoint, and labels that are not there come from the truth file. config.yaml is ready to run.
+    """
+    with _reporting():
+        from mmpipe.fitting.request import Request
+
+        request = Request.of(
+            config, truth, output, overrides=set_ or [], input=input, seed=seed, epochs=epochs, limit=limit
+        )
+        listing = _samples(request.config, input)
+        from mmpipe.fitting.run import run_fit
+        from mmpipe.jobs.progress import for_stream
+
+        for line in run_fit(request, listing, for_stream()):
+            _print(line)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
     with _reporting():

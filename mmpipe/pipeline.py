@@ -57,12 +57,14 @@ class Pipeline:
     Several threads may call it; runs take turns.
     """
 
-    def __init__(self, config: Config, *, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, config: Config, *, say: Callable[[str], None] = lambda text: None, encoders_only: bool = False
+    ) -> None:
         began = time.perf_counter()
         self.config = config
         device = device_of(config)  # first: what is not there is refused before models are loaded
         with collector_paused():
-            self._built: Built = build(config, say=say)
+            self._built: Built = build(config, say=say, encoders_only=encoders_only)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it

@@ -26,10 +26,14 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
 }
 
 
-def problems_of(config: Config) -> list[Problem]:
-    """All that is wrong with a well-typed configuration, as far as no model is needed."""
+def problems_of(config: Config, *, training: bool = False) -> list[Problem]:
+    """All that is wrong with a well-typed configuration, as far as no model is needed.
+
+    `training`: for who brings what a run can't do without: the head's weights, the exits' probes, the labels.
+    """
     checks = (_implemented, _labels, _encoders, _fusion, exit_problems, _input)
-    return [problem for check in checks for problem in check(config)]
+    found = [problem for check in checks for problem in check(config)]
+    return [problem for problem in found if not (training and problem.trained)]
 
 
 def values_at(value: object, pattern: str, path: str = "") -> Iterator[tuple[str, object]]:
@@ -126,7 +130,10 @@ def _labels(config: Config) -> Iterator[Problem]:
         return
     if config.labels is None and config.labels_file is None:
         yield Problem(
-            "labels", "task: classify needs labels", "add labels: [one, other], or labels_file, or use task: embed"
+            "labels",
+            "task: classify needs labels",
+            "add labels: [one, other], or labels_file, or use task: embed",
+            trained=True,
         )
     if config.labels is not None and config.labels_file is not None:
         yield Problem("labels_file", "labels and labels_file both stand here", "keep one of them")
@@ -228,15 +235,15 @@ def _fusion(config: Config) -> Iterator[Problem]:
         if len(exit_.after) == 1 and ".layer" in exit_.name and not exit_.name.startswith("head.")
     ]
     if fusion.head in ("linear", "transformer") and fusion.checkpoint is None:
-        hint = "checkpoint: FILE.safetensors, or head: zero_shot, which needs none"
-        yield Problem("fusion.head", f"{fusion.head} without a checkpoint: random weights are refused", hint)
+        hint = "checkpoint: FILE.safetensors (mmpipe fit makes one), or head: zero_shot, which needs none"
+        message = f"{fusion.head} without a checkpoint: random weights are refused"
+        yield Problem("fusion.head", message, hint, trained=True)
     elif fusion.head == "zero_shot" and fusion.checkpoint is not None and not probed:
         yield Problem("fusion.checkpoint", "zero_shot has no weights to read from a checkpoint", "remove checkpoint")
     elif fusion.checkpoint is None:
         for path in probed:
-            yield Problem(
-                path, "an exit inside an encoder needs its probe, and there is no checkpoint", "add fusion.checkpoint"
-            )
+            message = "an exit inside an encoder needs its probe, and there is no checkpoint"
+            yield Problem(path, message, "add fusion.checkpoint (mmpipe fit makes one)", trained=True)
     for modality, settings in fusion.modalities.items():
         path = f"fusion.modalities.{modality}"
         if fusion.head != "zero_shot":

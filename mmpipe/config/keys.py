@@ -343,13 +343,13 @@ def _packaged_folder() -> Path:
     return Path(str(resources.files("mmpipe.configs")))
 
 
-def load(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Config:
+def load(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), training: bool = False) -> Config:
     """A packaged name ("quickstart"), the path of a YAML file, or a mapping → Config, checked without loading a model.
 
     overrides: "KEY=VALUE", dotted keys, YAML values, applied in order: `runtime.batch_size=8`,
     `fusion.exits.0.threshold=0.9`. Paths in them and in a mapping are relative to the current directory, paths in a
-    file to the file. Raises ConfigError: file and line, the key, its value, and the nearest that would do; it lists
-    up to five problems.
+    file to the file. training: the head's weights, the exits' probes and the labels may be missing. Raises
+    ConfigError: file and line, the key, its value, and the nearest that would do; it lists up to five problems.
 
         config = load("shop.yaml", overrides=["runtime.batch_size=8"])
     """
@@ -366,7 +366,7 @@ def load(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (
     config._source = origin
     labels, problems = labels_of(config)
     config._labels = labels
-    problems += problems_of(config)
+    problems += problems_of(config, training=training)
     if problems:
         raise origin.error(problems)
     return config

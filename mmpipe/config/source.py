@@ -33,6 +33,7 @@ class Problem:
     path: str
     message: str
     hint: str = ""
+    trained: bool = False  # only a run lacks it: training brings it
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Outcome:
     probabilities_NL: Tensor | None = (
         None  # float32; None for a pipeline that only embeds, and where no exit was reached
     )
-    embeddings: dict[str, Tensor] = field(default_factory=dict)  # branch → [N, dim]
+    embeddings: dict[str, Tensor] = field(default_factory=dict)  # branch, or "image.layer4" → [N, dim]
     failures: dict[int, dict[str, MediaError]] = field(default_factory=dict)  # row → modality → why
     looks: list[Look] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # segment → seconds; "waiting": for media
@@ -156,7 +156,8 @@ class Ledger:
             outcome.embeddings[branch] = torch.zeros(shape, dtype=bucket_RD.dtype)
         rows_K = torch.tensor(rows, dtype=torch.long)
         outcome.embeddings[branch][rows_K] = bucket_RD[: len(rows)]
-        outcome.embedded_NM[rows_K, self.columns[branch]] = True
+        if branch in self.columns:  # else a layer's pooled state
+            outcome.embedded_NM[rows_K, self.columns[branch]] = True
 
     def spent(self, name: str, seconds: float) -> None:
         self.outcome.seconds[name] = self.outcome.seconds.get(name, 0.0) + seconds

@@ -29,7 +29,6 @@ class Running:
         self.bucket = executor.plan.stage_plans[0].rows
         self.slots = SlotRows(executor.plan.slots)
         self.feeders = {executor.plan.feeder(branch.name).name for branch in executor.plan.branches}
-        self.embedding_of = {value: branch for branch, value in executor.plan.embeddings}
         self.heads = [segment for segment in executor.plan.segments if segment.branch == HEAD]
         self.flying: deque[Lane] = deque()
         self.shard_of: dict[int, Shard] = {}  # lane → whose rows its run has
@@ -113,11 +112,12 @@ class Running:
         ended = {span.step for span in spans}
         for segment in self.plan.segments:
             if segment.branch != HEAD and f"out:{segment.name}" in ended:
-                for value in {*segment.writes} & {*self.embedding_of}:
-                    rows, branch = lane.rows[segment.name].rows, self.embedding_of[value]
-                    bucket_RD = work.views[f"{segment.name}/answer/{value}"]
-                    shard.ledger.embedded(branch, rows, bucket_RD)
-                    shard.computed(branch, rows, bucket_RD[: len(rows)])
+                rows = lane.rows[segment.name].rows
+                for branch, value in self.plan.embeddings:
+                    if value in segment.writes:
+                        bucket_RD = work.views[f"{segment.name}/answer/{value}"]
+                        shard.ledger.embedded(branch, rows, bucket_RD)
+                        shard.computed(branch, rows, bucket_RD[: len(rows)])
         for name, values in work.watched.items():
             rows = lane.rows[name].rows
             found = {key: value[: len(rows)] for key, value in values.items()}

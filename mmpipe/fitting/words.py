@@ -1,0 +1,45 @@
+"""Sentences on what was fitted: for the terminal, the report and the configuration's comment."""
+
+from __future__ import annotations
+
+from mmpipe.fitting.measuring import Compared, Measured, Score
+from mmpipe.jobs.markup import listed
+
+
+def accuracy(score: Score) -> str:
+    """94.2% (91.0–96.5)."""
+    low, high = score.interval
+    return f"{score.accuracy:.1%} ({100 * low:.1f}–{100 * high:.1f})" if score.count else "–"
+
+
+def verdict(measured: Measured) -> str:
+    """The one sentence: how often it is right, and what of the baselines it beats."""
+    right = f"Right on {measured.full.accuracy:.1%} of {measured.full.count:,} held-out samples"
+    behind = [one.name for one in measured.baselines if one.score.right >= measured.full.right]
+    if behind:
+        return f"{right}: no better than {listed(behind)}"
+    best = max(measured.baselines, key=lambda one: one.score.right)
+    return f"{right}; the best baseline, {best.name}, on {best.score.accuracy:.1%}"
+
+
+def against(one: Compared) -> str:
+    """+3.1 points; only one of the two right: 23 to 9."""
+    return f"{one.better} to {one.worse}, p = {one.p_value:.2g}" if one.better + one.worse else "the same answers"
+
+
+def summary(measured: Measured) -> str:
+    """A few lines for a terminal, 80 columns."""
+    lines = [verdict(measured), ""]
+    names = [*(one.name for one in measured.subsets), *(one.name for one in measured.baselines)]
+    width = max(map(len, ["baseline", *names]))
+    lines.append(f"  {'seen':<{width}}  {'samples':>7}  accuracy, 95% interval")
+    lines += [f"  {o.name:<{width}}  {o.score.count:>7,}  {accuracy(o.score)}" for o in measured.subsets]
+    lines += ["", f"  {'baseline':<{width}}  {'samples':>7}  accuracy, 95% interval; only one right"]
+    for one in measured.baselines:
+        lines.append(f"  {one.name:<{width}}  {one.score.count:>7,}  {accuracy(one.score)}; {against(one)}")
+    if measured.exits:
+        lines += ["", f"  with exits: {accuracy(measured.with_exits)}"]
+        for left in measured.exits:
+            at = "no threshold keeps the bound" if left.threshold is None else f"threshold {left.threshold:.4f}"
+            lines.append(f"  {left.name}: {left.left:,} of {left.gated:,} left, {left.differ:,} differ; {at}")
+    return "\n".join(lines)

@@ -206,6 +206,19 @@ def test_labels_that_the_configuration_lacks_and_ids_that_the_input_lacks(call, 
     assert "1 labels are of ids that the input doesn't have (gone)" in told
 
 
+def test_the_configuration_that_init_writes(call, place, weights):
+    made = shop.config(weights, labels=["first label", "second label"])
+    made["fusion"] = {"head": "zero_shot", "modalities": {"text": {"prompts": ["{}"]}}}
+    shop.write(place / "init.yaml", made)
+    code, _, told = fit(call, "init", config="init.yaml")
+    assert code == 2
+    assert "--set fusion.head=transformer" in told
+    code, _, told = fit(call, "init", "--set", "fusion.head=transformer", config="init.yaml")
+    assert code == 0, told
+    assert "taking the 3 of truth.csv" in told
+    assert yaml.safe_load((place / "init/config.yaml").read_text())["labels"] == LABELS
+
+
 def test_bad_usage(call, place):
     assert fit(call, "x", "--set", "fusion={head: zero_shot}")[0] == 2
     assert fit(call, "x", "--set", "task=embed", "--set", "fusion={}")[0] == 2

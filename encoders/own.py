@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 import traceback
@@ -37,6 +38,21 @@ def load_own(name: str, modality: str, options: dict[str, Any], base: Path) -> E
         raise EncoderError(f"{name}: its 'module' is a {type(encoder.module).__name__}, not a torch.nn.Module")
     encoder.module.eval().requires_grad_(False)
     return encoder
+
+
+def source_digest(cls: type) -> str:
+    """A hash of the code that a class stands in: of every Python file of its package, or of its file's folder, so that
+    a helper that it imports from beside itself counts too."""
+    total = hashlib.sha256()
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    top = sys.modules.get(cls.__module__.partition(".")[0])
+    package = getattr(top, "__path__", None)
+    paths = [path for folder in package for path in Path(folder).rglob("*.py")] if package is not None else []
+    if not paths and file is not None:
+        paths = list(Path(file).parent.glob("*.py"))
+    for path in sorted(paths):
+        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
 
 
 def _import(module_name: str, name: str, base: Path) -> ModuleType:

@@ -47,31 +47,26 @@ class Exits:
     def count(self) -> int:
         return int(self.cost_FN.shape[1])
 
-    def leaving(self, thresholds_KE: Floats) -> Rows:
+    def leaving(self, thresholds_KE: Floats) -> NDArray[np.int16]:
         """[K, N]: the exit that answers each sample at each point; E: the full pipeline."""
         exits = len(self.names)
-        at_KN = np.full((len(thresholds_KE), self.count), exits)
-        for e in reversed(range(exits)):
-            at_KN[self.gated_EN[e] & (self.confidence_EN[e] >= thresholds_KE[:, e, None])] = e
+        at_KN = np.full((len(thresholds_KE), self.count), exits, dtype=np.int16)
+        for e in range(exits):
+            leaves_KN = self.gated_EN[e] & (self.confidence_EN[e] >= thresholds_KE[:, e, None])
+            np.minimum(at_KN, np.where(leaves_KN, np.int16(e), np.int16(exits)), out=at_KN)
         return at_KN
 
-    def errors(self, thresholds_KE: Floats) -> Rows:
-        """[K]: samples whose early answer is not the full pipeline's, out of all N."""
-        return self._of(self.differs_FN(), thresholds_KE).sum(axis=1)  # type: ignore[no-any-return]
-
-    def saving(self, thresholds_KE: Floats) -> Floats:
-        """[K]: the share of the full pipeline's seconds that leaving early saves."""
+    def outcome(self, thresholds_KE: Floats) -> tuple[Rows, Floats]:
+        """At each point [K]: the samples whose early answer is not the full pipeline's, out of all N; and the share of
+        the full pipeline's seconds that leaving early saves."""
+        at_KN = self.leaving(thresholds_KE)
+        errors_K: Rows = np.take_along_axis(self.differs_FN(), at_KN, axis=0).sum(axis=1)
+        spent_K: Floats = np.take_along_axis(self.cost_FN, at_KN, axis=0).sum(axis=1)
         whole = float(self.cost_FN[-1].sum())
-        if not whole:
-            return np.zeros(len(thresholds_KE))
-        spent_K: Floats = self._of(self.cost_FN, thresholds_KE).sum(axis=1)
-        return 1.0 - spent_K / whole
+        return errors_K, 1.0 - spent_K / whole if whole else np.zeros(len(thresholds_KE))
 
     def differs_FN(self) -> Bools:
         return np.concatenate([self.differs_EN, np.zeros((1, self.count), dtype=bool)])
-
-    def _of(self, table_FN: NDArray[np.generic], thresholds_KE: Floats) -> NDArray[np.float64]:
-        return np.take_along_axis(table_FN, self.leaving(thresholds_KE), axis=0)  # type: ignore[arg-type]
 
 
 def threshold_path(exits: Exits, most_errors: int, points: int = 64) -> Floats:

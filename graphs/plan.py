@@ -135,11 +135,12 @@ class Step:
     """One piece of work on one stream. Its event, if it `records` one, has its name.
 
     A step begins when those before it on its stream have ended, and those that it `waits` for. Staging is a step like
-    any other: "in" gathers a segment's rows into scratch, "run" computes, "out" scatters what it wrote.
+    any other: "in" gathers a segment's rows into scratch, "run" computes, "out" scatters what it wrote; "restore"
+    scatters embeddings that the host knows already, of rows that the segment is spared.
     """
 
-    name: str  # "in:image@0", "image@0", "out:image@0"
-    does: Literal["in", "run", "out"]
+    name: str  # "in:image@0", "image@0", "out:image@0", "restore:image@0"
+    does: Literal["in", "run", "out", "restore"]
     segment: str
     stage: int
     branch: str
@@ -195,6 +196,7 @@ class Plan:
     lanes: int = 1  # runs in flight at once, each with scratch of its own
     slots: int = 0  # rows of the slots: samples that are live at once
     own_streams: bool = False  # each lane has streams of its own; else all lanes share theirs
+    restores: tuple[str, ...] = ()  # branches whose embeddings the host may give instead of having them computed
 
     @property
     def stages(self) -> int:
@@ -212,6 +214,24 @@ class Plan:
     def feeder(self, branch: str) -> Segment:
         """The segment whose "in" step takes a branch's inputs from the media slots: the branch's first."""
         return next(segment for segment in self.segments if segment.branch == branch)
+
+    def embedding(self, branch: str) -> str:
+        """The value that is a branch's embedding."""
+        return dict(self.embeddings)[branch]
+
+    def restorable(self, branch: str) -> bool:
+        """Whether all that the rest of the graph has from a branch is its embedding, computed from its inputs alone.
+
+        Not so where an exit, or another branch, looks inside it: then its embedding would not stand for it.
+        """
+        segments = [segment for segment in self.segments if segment.branch == branch]
+        return (
+            len(segments) == 1
+            and not segments[0].reads
+            and segments[0].writes == (self.embedding(branch),)
+            and all(name.startswith(f"{branch}.") for name in segments[0].inputs)
+            and not self.kept_inputs(branch)
+        )
 
     def kept_inputs(self, branch: str) -> tuple[str, ...]:
         """Inputs of a branch that a segment other than its feeder reads: they outlive the media slots."""
@@ -254,6 +274,7 @@ def from_json(text: str) -> Plan:
         lanes=data["lanes"],
         slots=data["slots"],
         own_streams=data["own_streams"],
+        restores=tuple(data["restores"]),
     )
 
 

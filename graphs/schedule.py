@@ -11,7 +11,7 @@ writes and another reads goes through slots, by row: out:image@0 scatters embedd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,12 +23,14 @@ from mmpipe.graphs.plan import HEAD, PRESENCE, Buffer, Plan, PlanError, Segment,
 
 Layout = Callable[[Step], str]  # step → the stream that it is on
 
+_BESIDE = {"in": "in", "out": "out", "restore": "out"}  # where staging is beside computing
+
 LAYOUTS: dict[str, Layout] = {
     "one": lambda step: "main",
     "caller": lambda step: "caller",  # one, and no thread of its own: the caller's
     "lanes": lambda step: "main",  # one for each lane: buckets side by side, each computed by fewer threads
-    "staged": lambda step: "main" if step.does == "run" else step.does,
-    "branches": lambda step: step.branch if step.does == "run" else step.does,
+    "staged": lambda step: _BESIDE.get(step.does, "main"),
+    "branches": lambda step: _BESIDE.get(step.does, step.branch),
     "parallel": lambda step: step.branch,  # a branch's own copies too: no branch waits for another's media
 }
 
@@ -42,16 +44,22 @@ def place(
     slots: int | None = None,
     media: int | None = None,
     parallel: bool = False,
+    restores: Collection[str] = (),
 ) -> Plan:
     """Schedule, place in memory and prove: `plan` with its stage plans for buckets of `rows`.
 
     `layout`: a name of LAYOUTS, or your own. `parallel`: one stage plan for all stages, which starts every branch at
     once. `slots`: samples that may be live at once; `media`: decoded media of one modality that may wait (default:
-    three buckets: one being filled, one read, one ahead). Raises PlanError where a proof fails.
+    three buckets: one being filled, one read, one ahead). `restores`: branches whose embeddings the host may give; each
+    must be `restorable`. Raises PlanError where a proof fails.
     """
     on = LAYOUTS[layout] if isinstance(layout, str) else layout
     slots = max(rows * lanes, rows if slots is None else slots)
     media = 3 * rows if media is None else media
+    for branch in restores:
+        if not plan.restorable(branch):
+            raise PlanError(f"{branch} can't be restored: more than its embedding is read from it")
+    plan = replace(plan, restores=tuple(branch.name for branch in plan.branches if branch.name in restores))
     groups = [tuple(range(plan.stages))] if parallel else [(stage,) for stage in range(plan.stages)]
     own = layout == "lanes"
     made: list[StagePlan] = []
@@ -76,8 +84,8 @@ def steps_of(
 ) -> tuple[list[Step], tuple[Buffer, ...]]:
     """in, run and out of each segment, in the plan's order and on no stream yet, with the buffers that they use.
 
-    Three buffers hold row numbers, one for each row of the bucket: NAME/media and NAME/get say where its rows are taken
-    from, NAME/put where in the slots they go to.
+    Four buffers hold row numbers, one for each row of the bucket: NAME/media and NAME/get say where its rows are taken
+    from, NAME/put where in the slots they go to, NAME/back where restored ones go to.
     """
     buffers: dict[str, Buffer] = {}
 
@@ -94,6 +102,11 @@ def steps_of(
     for segment in segments:
         name = segment.name
         arguments = (*segment.inputs, *segment.reads)
+        if segment.branch in plan.restores and plan.later_reads(value := plan.embedding(segment.branch)):
+            given = (numbers(f"{name}/back"), buffer(f"{name}/known/{value}", value, "host", rows))
+            bucket = buffer(f"{name}/restored/{value}", value, "scratch", rows)
+            back = (bucket, buffer(f"slots/{value}", value, "slots", slots))
+            steps.append(Step(f"restore:{name}", "restore", name, segment.stage, segment.branch, "", given, back))
         taken: list[str] = []
         put = [buffer(f"{name}/in/{value}", value, "scratch", rows) for value in arguments]
         feeds = segment.branch != HEAD and plan.feeder(segment.branch).name == name

@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Prediction, Sample
 
 FULL = "all"  # the exit of the last stage, and of a pipeline that only embeds
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The answer of several views of one sample: float32 probabilities [L], and how sure they are."""
+
+    probabilities_L: Tensor
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -26,15 +35,20 @@ class Answers:
     probabilities: bool
     embeddings: bool
 
-    def of(self, samples: Sequence[Sample], outcome: Outcome) -> list[Prediction]:
-        """One Prediction per row of the outcome, in order."""
+    def of(
+        self, samples: Sequence[Sample], outcome: Outcome, weighed: Mapping[int, Weighed] | None = None
+    ) -> list[Prediction]:
+        """One Prediction per row of the outcome, in order. `weighed`: rows whose answer comes from several views."""
+        again = weighed or {}
         unit = {
             name: torch.nn.functional.normalize(table.to(torch.float32), dim=-1).numpy()
             for name, table in (outcome.embeddings.items() if self.embeddings else ())
         }
-        return [self._one(row, sample, outcome, unit) for row, sample in enumerate(samples)]
+        return [self._one(row, sample, outcome, unit, again.get(row)) for row, sample in enumerate(samples)]
 
-    def _one(self, row: int, sample: Sample, outcome: Outcome, unit: Mapping[str, Any]) -> Prediction:
+    def _one(
+        self, row: int, sample: Sample, outcome: Outcome, unit: Mapping[str, Any], weighed: Weighed | None
+    ) -> Prediction:
         failures = outcome.failures.get(row, {})
         present = tuple(name for name in self.dims if sample.media.get(name) is not None)
         opened = outcome.opened_NM[row].tolist()
@@ -49,7 +63,11 @@ class Answers:
         fields: dict[str, Any] = {}
         if answered:
             fields["answered_by"] = self.exits[exit_index] if self.exits else FULL
-            fields |= self._label(row, outcome) | self._vectors(row, outcome, unit, set(present) - set(failures))
+            fields |= self._vectors(row, outcome, unit, set(present) - set(failures))
+            if weighed is None and outcome.probabilities_NL is not None:
+                fields |= self._label(Weighed(outcome.probabilities_NL[row], float(outcome.confidence_N[row])))
+            elif weighed is not None:
+                fields |= {**self._label(weighed), "deliberated": True}
         return Prediction(
             id=sample.id,
             status="failed" if not answered else "partial" if failures else "ok",
@@ -62,14 +80,12 @@ class Answers:
             **fields,
         )
 
-    def _label(self, row: int, outcome: Outcome) -> dict[str, Any]:
-        if outcome.probabilities_NL is None:
-            return {}
-        p_L = outcome.probabilities_NL[row].numpy()
+    def _label(self, answer: Weighed) -> dict[str, Any]:
+        p_L = answer.probabilities_L.numpy()
         best = np.argsort(-p_L, kind="stable")[: self.top_k]
         return {
             "label": self.labels[best[0]],
-            "confidence": float(outcome.confidence_N[row]),
+            "confidence": answer.confidence,
             "top_k": tuple((self.labels[index], float(p_L[index])) for index in best),
             "probabilities": tuple(p_L.tolist()) if self.probabilities else None,
         }

@@ -5,9 +5,12 @@ The only place where encoders, fusion and graphs meet; their errors become mmpip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +18,10 @@ from torch import Tensor, nn
 
 from mmpipe.answers import FULL
 from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
-from mmpipe.config import Config, ExitConfig, ModalityConfig
+from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
+from mmpipe.encoders.own import source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
 from mmpipe.fusion.heads import DepthHead, HeadError, ZeroShotHead, prompt_prototypes
@@ -25,6 +29,8 @@ from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.fuse import ExitSpec, FusedGraph, PooledLayer, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
+
+_TEXTS = (".json", ".txt", ".model", ".bpe", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,9 @@ def build(
     checkpoint = _checkpoint(config) if classifies else None
     head = _head(config, encoders, dims, checkpoint) if classifies else None
     modules = {modality: encoder.module for modality, encoder in encoders.items()}
-    core = core_fingerprint(modules, head, config, {name: _settings(encoder) for name, encoder in encoders.items()})
+    by_name: dict[str, EncoderConfig] = {str(name): its for name, its in config.encoders.items()}
+    prepared_by = {name: _settings(encoder, by_name[name].options) for name, encoder in encoders.items()}
+    core = core_fingerprint(modules, head, config, prepared_by)
     del modules  # the encoders let them go once they are captured
     if calibration is not None and not without_exits and calibration.binds_to.model != core:
         without_exits = not_bound(config, mismatch(calibration, model=core, dtype="", backends=()) or "")
@@ -112,7 +120,7 @@ def build(
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
     if config.fusion.head == "zero_shot" and specs[:-1] and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
-    preparations = {modality: _preparation(encoder) for modality, encoder in encoders.items()}
+    preparations = {name: _preparation(encoder, prepared_by[name]) for name, encoder in encoders.items()}
     if without_exits:
         notes.append(f"exits: none, every sample is answered in full: {without_exits}")
     elif calibration is not None and not calibration.exits:
@@ -179,19 +187,31 @@ def _notes(encoder: Encoder) -> tuple[str, ...]:
     return encoder.notes if isinstance(encoder, BuiltEncoder) else ()
 
 
-def _settings(encoder: Encoder) -> Mapping[str, Any]:
+def _settings(encoder: Encoder, options: Mapping[str, Any]) -> Mapping[str, Any]:
     """All that shapes prepare(), as far as it can be told."""
     if isinstance(encoder, BuiltEncoder):
-        return encoder.preprocessing
-    return {"class": f"{type(encoder).__module__}:{type(encoder).__qualname__}"}
+        return {**encoder.preprocessing, "files": _small_files(encoder.files)}
+    name = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
+    own = getattr(encoder, "preprocessing", None)  # what its author says shapes prepare()
+    return {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own}
 
 
-def _preparation(encoder: Encoder) -> Preparation:
+def _preparation(encoder: Encoder, settings: Mapping[str, Any]) -> Preparation:
     seconds = None
     if isinstance(encoder, BuiltEncoder):
         encoder.release()
         seconds = encoder.max_seconds
-    return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, _settings(encoder), _notes(encoder))
+    return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, settings, _notes(encoder))
+
+
+def _small_files(names: Sequence[str]) -> dict[str, str]:
+    """Configuration and tokeniser: file → hash. Weights are in the graph."""
+    found = {}
+    for path in map(Path, names):
+        with contextlib.suppress(OSError):
+            if path.suffix in _TEXTS and path.is_file():
+                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def example_medium(modality: str) -> Any:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpipe.build import Preparation
+from mmpipe.cache import Recall
 from mmpipe.errors import MediaError, MmpipeError
 from mmpipe.graphs.plan import Plan
-from mmpipe.media import Ahead, Here, Limits, estimate_bytes
+from mmpipe.media import Ahead, Content, Limits, content_of, estimate_bytes, is_unchanged
 from mmpipe.media import load as load_medium
 from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
+from mmpipe.runtime.shard import Found, Known, Same
 from mmpipe.types import Sample
 
 
+class _Claim:
+    """A row that decodes a content which others of its run have too: they wait to hear whether it could be read."""
+
+    def __init__(self, row: int) -> None:
+        self.row, self.read = row, False
+        self.done = threading.Event()
+
+
 class Feed:
-    """Opens and prepares media on threads, ahead of the model, within the bound on memory."""
+    """Opens and prepares media on threads, ahead of the model, within the bound on memory.
+
+    With `recall` a medium is looked up before it is decoded, on the same threads: what is known is not decoded.
+    Nor is, in a cascade, what another row of the run is decoding; a parallel run does not wait for another's answer.
+    """
 
     def __init__(
         self,
@@ -31,54 +44,101 @@ class Feed:
         preparations: Mapping[str, Preparation],
         plan: Plan,
         limits: Limits,
-        ahead: Ahead | Here,
+        ahead: Ahead,
+        *,
+        recall: Recall | None = None,
     ) -> None:
         self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
+        self.recall, self.shares = recall, len(plan.stage_plans[0].stages) == 1
+        self.missed: Counter[str] = Counter()  # branch → media that were looked up in vain
+        self._claims: dict[tuple[str, bytes], _Claim] = {}
+        self._keep: dict[tuple[str, int], bytes] = {}  # (branch, row) → what its embedding is to be kept under
         self.values = {value.name: value for value in plan.values}
         self.core_seconds = 0.0  # spent decoding and preparing, on all workers
         self.spans: list[Decoding] = []
         self._lock = threading.Lock()
 
-    def __call__(self, branch: str, rows: Sequence[int], media: MediaRows) -> Iterator[int | MediaError]:
-        """For each row, in order: the media slot that it was decoded into, or why not."""
-        preparation = self.preparations[branch]
+    def open(self, branch: str, media: MediaRows) -> MediaSource:
+        """The media of one branch, decoded into `media`."""
+        return MediaSource(self, branch, media)
 
-        def load(item: tuple[int, int]) -> MediaError | None:
-            row, slot = item
-            clock, began = time.thread_time(), time.perf_counter()
-            try:
-                source = self.samples[row].media[branch]
-                medium = load_medium(branch, source, limits=self.limits, max_seconds=preparation.max_seconds)
-                media.fill(slot, self._checked(branch, self._prepared(branch, medium)))
-                return None
-            except MediaError as error:
-                return error
-            finally:
-                span = Decoding(branch, threading.current_thread().name, began, time.perf_counter())
+    def close(self) -> None:
+        """Cancel what has not begun, wait for what has."""
+        self.ahead.close()
+
+    def load(self, branch: str, row: int, slot: int, media: MediaRows) -> Found:
+        """On any thread: the slot that a medium was decoded into, its embedding if that is known, a row that is like
+        it, or why there is none."""
+        clock, began = time.thread_time(), time.perf_counter()
+        try:
+            if self.recall is None or branch not in self.recall.forms:
+                self._decode(branch, row, slot, media)
+                return slot
+            return self._found(self.recall, branch, row, slot, media)
+        except MediaError as error:
+            return error
+        finally:
+            span = Decoding(branch, threading.current_thread().name, began, time.perf_counter())
+            with self._lock:
+                self.core_seconds += time.thread_time() - clock
+                self.spans.append(span)
+
+    def cost(self, branch: str, row: int) -> int:
+        """Bytes that decoding a medium takes, at most."""
+        seconds = self.preparations[branch].max_seconds
+        return estimate_bytes(branch, self.samples[row].media[branch], self.limits, seconds)
+
+    def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
+        """Keep the embeddings of rows that were looked up in vain."""
+        if self.recall is None:
+            return
+        with self._lock:
+            contents = [self._keep.pop((branch, row), None) for row in rows]
+        places = [place for place, content in enumerate(contents) if content is not None]
+        if places:
+            kept = [content for content in contents if content is not None]
+            self.recall.keep(branch, kept, embeddings_KD[places])
+
+    def _decode(self, branch: str, row: int, slot: int, media: MediaRows) -> None:
+        source, seconds = self.samples[row].media[branch], self.preparations[branch].max_seconds
+        medium = load_medium(branch, source, limits=self.limits, max_seconds=seconds)
+        media.fill(slot, self._checked(branch, self._prepared(branch, medium)))
+
+    def _found(self, recall: Recall, branch: str, row: int, slot: int, media: MediaRows) -> Found:
+        """Look a medium up; else decode it, once for all rows that have it."""
+        source = self.samples[row].media[branch]
+        content = content_of(branch, source, self.limits)
+        if content is None:
+            self._decode(branch, row, slot, media)
+            return slot
+        known = recall.find(branch, content.digest)
+        if known is not None:
+            return Known(known)
+        claim = self._claim(branch, content, row)
+        if claim.row != row:
+            claim.done.wait()  # whoever has it is at work on another thread: a claim is made by who decodes at once
+            if claim.read:
+                return Same(claim.row)
+        try:
+            self._decode(branch, row, slot, media)
+            # a broken file is not kept, nor one that was written to while it was read
+            if is_unchanged(branch, source, content, self.limits):
+                claim.read = claim.row == row
                 with self._lock:
-                    self.core_seconds += time.thread_time() - clock
-                    self.spans.append(span)
+                    self._keep[branch, row] = content.digest
+        finally:
+            with self._lock:
+                self.missed[branch] += 1
+            if claim.row == row:
+                claim.done.set()
+        return slot
 
-        def cost(item: tuple[int, int]) -> int:
-            source = self.samples[item[0]].media[branch]
-            return estimate_bytes(branch, source, self.limits, preparation.max_seconds)
-
-        taken: deque[int] = deque()
-
-        def items() -> Iterator[tuple[int, int]]:
-            """Asked for in order, on the consumer's thread: a slot is taken when its row may begin."""
-            for row in rows:
-                taken.append(media.take())
-                yield row, taken[-1]
-
-        with contextlib.closing(self.ahead.map(load, items(), cost)) as loaded:
-            for error in loaded:
-                slot = taken.popleft()
-                if error is None:
-                    yield slot
-                else:
-                    media.release(slot)
-                    yield error
+    def _claim(self, branch: str, content: Content, row: int) -> _Claim:
+        """The claim on a content: an earlier row's, else one of this row's own."""
+        if not self.shares:
+            return _Claim(row)
+        with self._lock:
+            return self._claims.setdefault((branch, content.digest), _Claim(row))
 
     def _prepared(self, branch: str, medium: Any) -> Mapping[str, Tensor]:
         try:
@@ -101,3 +161,52 @@ class Feed:
                     f"the graph has {value.shape} {value.dtype}",
                 )
         return prepared
+
+
+class MediaSource:
+    """The media of one branch, in the order in which they are asked for."""
+
+    def __init__(self, feed: Feed, branch: str, media: MediaRows) -> None:
+        self._media = media
+        self._slot_of: dict[int, int] = {}
+        self._started: deque[int] = deque()
+
+        def load(row: int) -> Found:
+            return feed.load(branch, row, self._slot_of[row], media)
+
+        self._queue = feed.ahead.queue(load, lambda row: feed.cost(branch, row), self._room)
+
+    def put(self, rows: Iterable[int]) -> None:
+        """Ask for rows; they are decoded ahead as far as there is room."""
+        self._queue.put(rows)
+
+    def ready(self) -> bool:
+        """Whether the next is there without waiting."""
+        return self._queue.ready()
+
+    def get(self) -> Found:
+        """The next. Waits."""
+        found = self._queue.get()
+        slot = self._slot_of.pop(self._started.popleft())
+        if not isinstance(found, int):
+            self._media.release(slot)
+        return found
+
+    def unstarted(self) -> int:
+        """Rows that have been asked for and not begun."""
+        return self._queue.unstarted()
+
+    def drop(self) -> None:
+        """Forget what was asked for and not got; its slots are free."""
+        self._queue.drop()
+        for row in self._started:
+            self._media.release(self._slot_of.pop(row))
+        self._started.clear()
+
+    def _room(self, row: int, wait: bool) -> bool:
+        """A slot for a row that is about to begin."""
+        if not wait and not self._media.has_free():
+            return False
+        self._slot_of[row] = self._media.take()
+        self._started.append(row)
+        return True

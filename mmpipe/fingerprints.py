@@ -3,26 +3,40 @@
 model     weights, preprocessing, labels, head, exit positions
 numerics  model, type, backend, bucket and threads of every segment, library versions, processor features
 job       numerics, thresholds, limits, input and its order, output schema
+
+`forms` is an encoder's part of numerics, alone: what its cached embeddings are kept under.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from mmpipe.build import Built
+from mmpipe.cache import Form
 from mmpipe.config import Config
+from mmpipe.graphs.digest import digest as digest_of
 from mmpipe.graphs.plan import Plan
-from mmpipe.placing import Resolved
+from mmpipe.media import Limits
+from mmpipe.resolved import Resolved
 from mmpipe.types import Sample
 
-_PACKAGES = ("mmpipe", "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow", "soundfile")
+_PACKAGES = (
+    *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "numpy"),
+    *("pillow", "soundfile", "soxr", "av"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +71,7 @@ def fingerprints(
         model,
         [resolved.device, resolved.dtype, resolved.backend, resolved.batch_size, resolved.threads],
         versions(),
-        [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+        processor(),
     )
     ids = hashlib.sha256()
     for sample in samples:
@@ -67,11 +81,50 @@ def fingerprints(
         list(built.thresholds),
         list(built.temperatures),
         built.confidence,
+        config.fusion.model_dump(mode="json", include={"audit", "deliberate"}),
         config.input.model_dump(mode="json"),
         config.output.model_dump(mode="json", exclude={"folder", "thumbnails"}),
         ids.hexdigest(),
     )
     return {"model": model, "numerics": numerics, "job": job}
+
+
+def forms(
+    config: Config, built: Built, resolved: Resolved, plan: Plan, modules: Mapping[str, fx.GraphModule], limits: Limits
+) -> dict[str, Form]:
+    """Branch that the plan restores → what its embeddings depend on besides the medium."""
+    found = {}
+    for branch in plan.restores:
+        segment, preparation = plan.feeder(branch), built.preparations[branch]
+        value = plan.value(plan.embedding(branch))
+        digest = _hash(
+            [digest_of(modules[segment.name]).hex(), value.shape, str(value.dtype)],
+            [preparation.settings, preparation.max_seconds, config.input.decode, asdict(limits)],
+            [resolved.device, resolved.dtype, resolved.backend, resolved.batch_size, resolved.threads],
+            [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
+            versions(),
+            processor(),
+        )
+        found[branch] = Form(digest.encode(), value.shape, value.dtype)
+    return found
+
+
+@functools.cache
+def processor() -> list[str]:
+    """What libraries choose their code by: kind of processor, its features, and variables that hide some of them."""
+    about = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            about[name.strip()] = value.strip()
+    names = ("model name", "flags", "Features", "cache size")
+    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
+    return [
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        *(about.get(name, "") for name in names),
+        *(os.environ.get(name, "") for name in variables),
+    ]
 
 
 def _hash(*parts: Any) -> str:

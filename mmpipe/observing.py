@@ -40,7 +40,6 @@ class Observers:
     """The open observations of a pipeline."""
 
     def __init__(self) -> None:
-        self.ids: Sequence[str] = ()  # of the samples that run now, by row
         self._open: dict[int, tuple[str, Observer]] = {}
         self._numbers = itertools.count()
 
@@ -70,8 +69,8 @@ class Observers:
             watches[name] = Watch(extra, partial(self._tell, wanted))
         return watches, modules
 
-    def _tell(self, wanted: Mapping[int, Sequence[str]], rows: Sequence[int], values: Mapping[str, Tensor]) -> None:
+    def _tell(self, wanted: Mapping[int, Sequence[str]], ids: Sequence[str], values: Mapping[str, Tensor]) -> None:
         for number, names in wanted.items():
             where, callback = self._open[number]
             copies = {name: values[name].detach().clone().cpu() for name in names}
-            callback(Observation(where, [self.ids[row] for row in rows], copies))
+            callback(Observation(where, ids, copies))

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,24 +22,30 @@ import torch
 from torch.fx import GraphModule
 
 from mmpipe import media
-from mmpipe.answers import FULL, Answers
+from mmpipe.answers import FULL, Answers, Weighed
+from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built, build, not_bound
 from mmpipe.calibrated import mismatch
 from mmpipe.config import Config, load
+from mmpipe.deliberating import Deliberation
 from mmpipe.errors import InputError
 from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
+from mmpipe.jobs.auditing import audit_settings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
-from mmpipe.placing import Resolved, decoding_bytes, device_of
-from mmpipe.runners import Kind, Runners
+from mmpipe.placing import device_of
+from mmpipe.recalling import Recalling
+from mmpipe.resolved import Kind, Resolved
+from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
+from mmpipe.runtime.shard import Shard
 from mmpipe.types import MODALITIES, Prediction, Sample
 
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
@@ -62,12 +69,14 @@ class Pipeline:
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
         self.runners = Runners(config, self._built, device)
-        self.resolved: Resolved = self.runners.resolved()
+        self.runners.resolved()  # what does not fit is refused now
         if reason := self._not_calibrated_for():
             with collector_paused():
                 self._built = build(config, say=say, without_exits=reason)
             self.runners = Runners(config, self._built, device)
-            self.resolved = self.runners.resolved()
+            self.runners.resolved()
+        self._deliberation = Deliberation.configured(config, self._built, self._limits)
+        self._recalling = Recalling(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
 
     def _not_calibrated_for(self) -> str:
@@ -110,6 +119,12 @@ class Pipeline:
         """Each segment's part of the graph: inputs then reads → tuple of writes."""
         with self._lock:
             return self.runners.cut.modules
+
+    @property
+    def resolved(self) -> Resolved:
+        """What every `auto` became, for batches, and why."""
+        with self._lock:
+            return self.runners.resolved()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -188,7 +203,10 @@ class Pipeline:
         if out is None:
             raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
         refuse(out, mode, inside=input_root(self.config, folder))
-        return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
+        listing = self.find(folder)
+        with self._lock:
+            self.runners.settle(len(listing.samples[:limit]))
+        return run_job(self, listing, out, mode=mode, limit=limit, progress=progress)
 
     @contextlib.contextmanager
     def observe(self, where: str, callback: Observer) -> Iterator[None]:
@@ -214,11 +232,13 @@ class Pipeline:
     def job_settings(self) -> JobSettings:
         """What a folder job needs to know of this pipeline."""
         source, output = self.config.source, self.config.output
+        exits = tuple(exit_.name for exit_ in self.plan.exits) or (FULL,)
+        promised = self._built.max_disagreement
         return JobSettings(
             title=source.name or "mmpipe",
             dims=self._dims,
             labels=self.labels,
-            exits=tuple(exit_.name for exit_ in self.plan.exits) or (FULL,),
+            exits=exits,
             shard_rows=output.shard_rows,
             max_failed=self.config.input.max_failed,
             thumbnails=output.thumbnails,
@@ -227,6 +247,7 @@ class Pipeline:
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
+            audit=audit_settings(self.config.fusion.audit, promised, exits, self.resolved.batch_size),
         )
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
@@ -246,40 +267,130 @@ class Pipeline:
         exits: bool = True,
         embeddings: bool | None = None,
         kind: Kind = "batch",
+        cached: bool = True,
+        deliberate: bool | None = None,
         answered: Callable[[int], None] = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
-        """One shard: predictions in order, and the trace of the run. `answered` is told of progress.
+        """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
+        progress.
 
-        `kind`: which of the pipeline's plans runs it.
+        `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
+        exits it is the full pipeline, which looks once. `cached` False: all is computed, whatever is known.
         """
         with self._lock:
-            executor = self.runners.executor(kind, exits)
-            columns = list(self._built.preparations)
-            present_NM = torch.tensor(
-                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
-            ).reshape(len(samples), len(columns))
-            workers = self.resolved.decode_workers
-            bucket = executor.plan.stage_plans[0].rows
-            room = decoding_bytes(self.resolved.memory_limit)
-            alone = len(samples) == 1 and len(executor.plan.stage_plans) > 1
-            with media.Here() if alone else media.Ahead(workers, room, items_ahead=bucket) as ahead:
-                feed = Feed(samples, self._built.preparations, executor.plan, self._limits, ahead)
-                self.runners.observers.ids = [sample.id for sample in samples]
-                outcome = executor.run(present_NM, feed, answered=answered)
-            outcome.seconds["decode"] = feed.core_seconds
-            outcome.decodings = feed.spans
-            if exits:
-                self.runners.count(outcome)
-        wanted = self.config.output.embeddings or self.config.task == "embed" if embeddings is None else embeddings
+            outcome = self._executed(samples, kind, exits, cached, answered)
+            return self._answered(samples, outcome, kind, exits, embeddings, deliberate, cached), outcome
+
+    def run_shards(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        done: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
+        *,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """As `run` for one shard after the other, but the next one begins before the last has ended. `done` gets each
+        when it has been answered, in order; it must not use the pipeline."""
+        with self._lock:
+            if self._deliberation is not None:  # it runs the same plan again, which a shard in flight is using
+                for samples in shards:
+                    done(samples, *self.run(samples, answered=answered))
+                return
+            self._execute(
+                shards,
+                "batch",
+                True,
+                True,
+                answered,
+                lambda samples, outcome: done(samples, self._answered(samples, outcome), outcome),
+            )
+
+    def _answered(
+        self,
+        samples: Sequence[Sample],
+        outcome: Outcome,
+        kind: Kind = "batch",
+        exits: bool = True,
+        embeddings: bool | None = None,
+        deliberate: bool | None = None,
+        cached: bool = True,
+    ) -> list[Prediction]:
+        """The predictions of a run; samples that it was unsure of are looked at again, where that is configured."""
+        weighed: Mapping[int, Weighed] = {}
+        if exits:
+            self.runners.count(outcome)
+        if self._deliberation is not None and (exits if deliberate is None else deliberate):
+            last = len(self.plan.exits) - 1
+            weighed = self._deliberation.of(
+                samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
+            )
+        configured = self.config.output.embeddings or self.config.task == "embed"
         answers = Answers(
             labels=self.labels,
             dims=self._dims,
-            exits=tuple(exit_.name for exit_ in executor.plan.exits),
+            exits=tuple(exit_.name for exit_ in self.plan.exits),
             top_k=self.config.output.top_k,
             probabilities=self.config.output.probabilities,
-            embeddings=wanted,
+            embeddings=configured if embeddings is None else embeddings,
         )
-        return answers.of(samples, outcome), outcome
+        return answers.of(samples, outcome, weighed)
+
+    def _executed(
+        self,
+        samples: Sequence[Sample],
+        kind: Kind,
+        exits: bool,
+        cached: bool,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> Outcome:
+        """Run samples through a plan; whoever calls has the lock."""
+        found: list[Outcome] = []
+        self._execute([samples], kind, exits, cached, answered, lambda samples, outcome: found.append(outcome))
+        return found[0]
+
+    def _execute(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        kind: Kind,
+        exits: bool,
+        cached: bool,
+        answered: Callable[[int], None],
+        done: Callable[[Sequence[Sample], Outcome], None],
+    ) -> None:
+        """Run shards through a plan, the next one beginning before the last has ended; `done` gets them in order."""
+        executor = self.runners.executor(kind, exits)
+        plan, columns = executor.plan, list(self._built.preparations)
+        recall = self._recalling.of(kind, executor) if cached else None
+        flying: deque[tuple[Sequence[Sample], Feed]] = deque()
+
+        def shard_of(samples: Sequence[Sample]) -> Shard:
+            feed = Feed(samples, self._built.preparations, plan, self._limits, ahead, recall=recall)
+            flying.append((samples, feed))
+            present_NM = torch.tensor(
+                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
+            ).reshape(len(samples), len(columns))
+            names = [sample.id for sample in samples]
+            return executor.shard(present_NM, feed, names=names, answered=answered, computed=feed.computed)
+
+        def hand_on(outcome: Outcome) -> None:
+            samples, feed = flying.popleft()
+            outcome.seconds["decode"] = feed.core_seconds
+            outcome.decodings = feed.spans
+            outcome.missed = dict(feed.missed)
+            if recall is not None:
+                recall.store.flush()
+                outcome.notes += recall.store.notes()
+            done(samples, outcome)
+
+        rows = plan.stage_plans[0].rows
+        room = decoding_bytes(self.resolved.memory_limit)
+        alone = kind == "call" and len(plan.stage_plans) > 1
+        # two buckets ahead: one that is read next, and one that is being decoded meanwhile
+        with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=2 * rows) as ahead:
+            try:
+                executor.run_all(map(shard_of, shards), hand_on)
+            finally:
+                if recall is not None:
+                    recall.store.flush()
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -303,6 +414,7 @@ class Pipeline:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
             self.runners.close()
+            self._recalling.close()
 
     def __enter__(self) -> Self:
         return self

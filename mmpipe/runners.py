@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +20,13 @@ from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.observing import Observers
-from mmpipe.placing import Resolved, placed, resolve
+from mmpipe.placing import resolve
+from mmpipe.resolved import Kind, Resolved, placed
 from mmpipe.runtime.device import Device
 from mmpipe.runtime.executor import Executor
 from mmpipe.runtime.lanes import Watch
 from mmpipe.runtime.ledger import Gate, Outcome
-from mmpipe.runtime.measure import expected_seconds, seconds_to_exits
-
-Kind = Literal["batch", "call"]
+from mmpipe.runtime.measure import expected_seconds, leaving, seconds_a_bucket, seconds_to_exits
 
 
 class Runners:
@@ -42,7 +40,8 @@ class Runners:
         self._version = -1
         self._resolved: dict[Kind, Resolved] = {}
         self._plans: dict[Kind, Plan] = {}
-        self._executors: dict[Kind, tuple[bool, Executor]] = {}
+        self._executors: dict[Kind, Executor] = {}
+        self._began = False  # a batch has run: its plan stays
         self._left: list[float] = []  # samples that each exit has answered so far
 
     @property
@@ -54,12 +53,19 @@ class Runners:
             self._plans.clear()
         return self._cut
 
-    def resolved(self, kind: Kind = "batch") -> Resolved:
-        """What every `auto` became, for this kind of run; decided once."""
+    def resolved(self, kind: Kind = "batch", rows: int = 0) -> Resolved:
+        """What every `auto` became, for this kind of run; decided once. `rows`: of the job that it is decided for."""
         if kind not in self._resolved:
-            measure = self._measured if kind == "call" else None
-            self._resolved[kind] = resolve(self.config, self.cut, self.device, measure=measure)
+            measure = self._answering if kind == "call" else self._throughput
+            self._resolved[kind] = resolve(self.config, self.cut, self.device, kind, measure=measure, rows=rows)
         return self._resolved[kind]
+
+    def settle(self, rows: int) -> None:
+        """Before the first batch: decide for a job of so many rows, which may be worth measuring for."""
+        if not self._began:
+            self._resolved.pop("batch", None)
+            self._plans.pop("batch", None)
+            self.resolved("batch", rows)
 
     def plan(self, kind: Kind = "batch") -> Plan:
         made = self.cut
@@ -68,15 +74,14 @@ class Runners:
         return self._plans[kind]
 
     def executor(self, kind: Kind, exits: bool) -> Executor:
-        """`exits` False: no sample leaves before the last stage."""
+        """`exits` False: no sample leaves before the last stage. The same pool and streams run both ways."""
         plan = self.plan(kind)
-        if kind in self._executors and self._executors[kind][0] != exits:
-            self._executors.pop(kind)[1].close()
+        self._began |= kind == "batch"
         if kind not in self._executors:
             watches, modules = self.observers.watches(self.graph, self.cut)
-            made = self._bound(plan, modules, self.resolved(kind).threads, self._gate(exits), watches)
-            self._executors[kind] = exits, made
-        return self._executors[kind][1]
+            self._executors[kind] = self._bound(plan, modules, self.resolved(kind), None, watches)
+        self._executors[kind].gate = self._gate(exits)
+        return self._executors[kind]
 
     def count(self, outcome: Outcome) -> None:
         """Remember where samples left: the rates decide what is fast."""
@@ -86,7 +91,7 @@ class Runners:
             self._left[index] += float((outcome.exit_N == index).sum())
 
     def forget_executors(self) -> None:
-        for _, executor in self._executors.values():
+        for executor in self._executors.values():
             executor.close()
         self._executors.clear()
 
@@ -95,22 +100,30 @@ class Runners:
         self._plans.clear()
         self._cut, self._version = None, -1
 
-    def _measured(self, plan: Plan, threads: int) -> float:
-        """Seconds that a plan takes to answer one bucket, at the rates at which samples have left so far."""
-        with contextlib.closing(self._bound(plan, self.cut.modules, threads, self._gate(False))) as executor:
+    def _answering(self, way: Resolved) -> float:
+        """Seconds in which a way answers one bucket, at the rates at which samples have left so far."""
+        plan = placed(self.cut.plan, way)
+        with contextlib.closing(self._bound(plan, self.cut.modules, way, self._gate(False))) as executor:
             return expected_seconds(seconds_to_exits(executor), self._left or None)
+
+    def _throughput(self, way: Resolved) -> float:
+        """Seconds a bucket when there are many, at these rates."""
+        plan = placed(self.cut.plan, way)
+        gate = leaving(self._left or None, len(plan.exits)) if plan.exits else None
+        with contextlib.closing(self._bound(plan, self.cut.modules, way, gate)) as executor:
+            return seconds_a_bucket(executor)
 
     def _bound(
         self,
         plan: Plan,
         modules: Mapping[str, GraphModule],
-        threads: int,
+        way: Resolved,
         gate: Gate | None,
         watches: Mapping[str, Watch] | None = None,
     ) -> Executor:
-        backend, place = self.resolved().backend, self.device.place
-        lowered = {s.name: lower(backend, s, place(modules[s.name])) for s in plan.segments}
-        return Executor(plan, lowered, threads=threads, gate=gate, device=self.device, watches=watches)
+        place = self.device.place
+        lowered = {s.name: lower(way.backend, s, place(modules[s.name])) for s in plan.segments}
+        return Executor(plan, lowered, threads=way.threads, gate=gate, device=self.device, watches=watches)
 
     def _gate(self, exits: bool) -> Gate | None:
         if not self.cut.plan.exits:

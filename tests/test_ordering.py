@@ -13,7 +13,9 @@ RUNTIME = {f"mmpipe/runtime/{name}.py" for name in ("streams", "cuda", "device",
 ALLOWED = {
     ("mmpipe/runtime/executor.py", ".synchronize"): "asks each stream to end, through streams.Stream",
     ("mmpipe/media/ahead.py", "concurrent.futures"): "decoders: files and the host's memory, no device",
-    ("mmpipe/feed.py", "threading"): "a lock around the seconds that decoders count",
+    ("mmpipe/feed.py", "threading"): "a lock around what decoders count; who has the same medium waits for its decoder",
+    ("mmpipe/cache/store.py", "threading"): "a lock: decoders look up at once",
+    ("mmpipe/cache/disk.py", "threading"): "a lock: decoders share one connection",
     ("mmpipe/pipeline.py", "threading"): "a lock: one run of a pipeline at a time",
     ("mmpipe/jobs/job.py", "threading"): "asks for the main thread: only there may signals be handled",
 }

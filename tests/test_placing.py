@@ -11,7 +11,7 @@ from mmpipe.config import load
 from mmpipe.graphs.plan import from_json, to_json
 from mmpipe.placing import resolve
 from mmpipe.runtime.device import HostDevice
-from mmpipe.runtime.measure import expected_seconds
+from mmpipe.runtime.measure import expected_seconds, leaving
 
 
 def configured(weights, **runtime):
@@ -75,10 +75,9 @@ def test_less_memory_makes_smaller_buckets_and_the_same_answers(weights, tmp_pat
 def timed(asked, **seconds):
     """A measurement that knows what it will find."""
 
-    def measure(plan, threads):
-        name = "parallel" if plan.stage_plans[0].steps[0].stream == "image" else "cascade"
-        asked.append((name, threads, plan.stage_plans[0].rows))
-        return seconds.get(f"{name}_{threads}", seconds[name])
+    def measure(way):
+        asked.append((way.schedule, way.threads, way.batch_size))
+        return seconds.get(f"{way.schedule}_{way.threads}", seconds[way.schedule])
 
     return measure
 
@@ -87,16 +86,16 @@ def test_a_call_takes_what_was_measured_to_be_fastest(pipeline, weights, monkeyp
     config, cut, host = configured(weights), pipeline.runners.cut, HostDevice()
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     asked = []
-    fast = resolve(config, cut, host, measure=timed(asked, parallel=0.010, cascade=0.020))
+    fast = resolve(config, cut, host, "call", measure=timed(asked, parallel=0.010, cascade=0.020))
     assert (fast.schedule, fast.streams, fast.batch_size) == ("parallel", "parallel", 1)
-    assert "parallel, threads 1: 10.0 ms" in fast.reasons["schedule"]
-    assert "cascade, threads 4: 20.0 ms" in fast.reasons["schedule"]
+    assert "parallel, parallel, 1 x 1 threads: 10.0 ms" in fast.reasons["schedule"]
+    assert "cascade, caller, 1 x 4 threads: 20.0 ms" in fast.reasons["schedule"]
     assert set(asked) == {("cascade", 4, 1), ("cascade", 1, 1), ("parallel", 1, 1)}
-    slow = resolve(config, cut, host, measure=timed([], parallel=0.021, cascade=0.022, cascade_1=0.020))
+    slow = resolve(config, cut, host, "call", measure=timed([], parallel=0.021, cascade=0.022, cascade_1=0.020))
     assert (slow.schedule, slow.streams, slow.threads) == ("cascade", "caller", 1)
     monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)  # now it is a large graph
     asked.clear()
-    resolve(config, cut, host, measure=timed(asked, parallel=0.021, cascade=0.020))
+    resolve(config, cut, host, "call", measure=timed(asked, parallel=0.021, cascade=0.020))
     assert set(asked) == {("cascade", 4, 1), ("parallel", 1, 1)}
 
 
@@ -107,14 +106,48 @@ def test_the_time_to_an_answer_counts_where_samples_leave():
     assert expected_seconds([5.0], None) == 5.0
 
 
-def test_batches_wait_for_no_measurement(pipeline, weights, monkeypatch):
+def test_short_jobs_wait_for_no_measurement(pipeline, weights, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    config, cut = configured(weights), pipeline.runners.cut
-    small = resolve(config, cut, HostDevice())
+    config, cut, asked = configured(weights), pipeline.runners.cut, []
+    small = resolve(config, cut, HostDevice(), measure=timed(asked), rows=5000)
     assert (small.schedule, small.streams, small.lanes, small.threads) == ("cascade", "lanes", 3, 1)
     monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)
-    large = resolve(config, cut, HostDevice())
+    large = resolve(config, cut, HostDevice(), measure=timed(asked), rows=5000)
     assert (large.schedule, large.streams, large.lanes, large.threads) == ("cascade", "caller", 1, 3)
+    assert asked == []
+
+
+def test_a_long_job_takes_what_was_measured_to_be_fastest(pipeline, weights, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(20)), raising=False)
+    config, cut, host, asked = configured(weights), pipeline.runners.cut, HostDevice(), []
+    measure = timed(asked, cascade=0.3, cascade_2=0.1, parallel=0.2)
+    chosen = resolve(config, cut, host, measure=measure, rows=200_000)
+    assert (chosen.schedule, chosen.streams, chosen.lanes, chosen.threads) == ("cascade", "lanes", 8, 2)
+    assert asked == [("cascade", 1, 32), ("cascade", 20, 32), ("cascade", 2, 32), ("parallel", 1, 32)]
+    assert "cascade, lanes, 8 x 2 threads: 100.0 ms" in chosen.reasons["threads"]
+    configured_so = resolve(configured(weights, schedule="cascade"), cut, host, measure=measure, rows=200_000)
+    assert (configured_so.threads, configured_so.reasons["schedule"]) == (2, "configured")
+
+
+def test_a_job_measures_for_itself_and_no_batch_after_it_changes_the_plan(weights, tmp_path, monkeypatch):
+    media = shop.media(tmp_path / "media", 6)
+    monkeypatch.setattr("mmpipe.placing._WORTH", 1e9)
+    with Pipeline.load(shop.config(weights, shop.EXITS)) as made:
+        made.run_folder(media, tmp_path / "out")
+        measured, plan = made.resolved, made.plan
+        assert min(measured.measured.values()) > 0
+        assert len(measured.measured) >= 2
+        made.predict(made.find(media).samples)
+        made.run_folder(media, tmp_path / "again")
+        assert made.resolved is measured
+        assert made.plan is plan
+
+
+def test_a_made_up_gate_lets_the_shares_leave():
+    gate = leaving([1.0, 1.0, 2.0], 3)
+    assert [int(gate(at, torch.zeros(rows, 2))[2].sum()) for at, rows in ((0, 32), (1, 24), (2, 16))] == [8, 8, 16]
+    assert int(leaving(None, 2)(0, torch.zeros(8, 2))[2].sum()) == 4
+    assert int(leaving([0.0, 0.0, 5.0], 3)(1, torch.zeros(8, 2))[2].sum()) == 0
 
 
 def test_a_single_call_is_a_row_of_its_own_and_agrees(weights, tmp_path):

@@ -1,6 +1,14 @@
-"""The slow twin of every other backend: the graph as it is, one ATen operation after the other."""
+"""The slow twin of every other backend: the graph as it is, one ATen operation after the other.
+
+A segment becomes one straight Python function. Against the code that torch.fx writes it saves what a small segment
+feels: tensors are found as locals instead of through `nn.Module.__getattr__`, operations without the lookups in
+`torch.ops` (a sixth of a single call of the quickstart models). Every value is freed after its last use.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -9,5 +17,90 @@ from mmpipe.graphs.plan import Segment
 
 
 def lower(segment: Segment, module: fx.GraphModule) -> Lowered:
-    """torch.fx's own code: each value is freed after its last use."""
-    return module.forward
+    """The function; torch.fx's own where the graph holds calls of modules (a user put them in)."""
+    if any(node.op == "call_module" for node in module.graph.nodes):
+        return module.forward
+    return _Writer(module).function(segment.name)
+
+
+class _Writer:
+    """Writes the source of one function. What it refers to is bound as default arguments: locals, the fastest names."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.bound: dict[str, Any] = {}
+        self.names: dict[int, str] = {}  # id of a node or of a bound object → its name
+
+    def function(self, name: str) -> Callable[..., Any]:
+        nodes = list(self.module.graph.nodes)
+        self.names = {id(node): f"v{number}" for number, node in enumerate(nodes)}
+        dead = _last_uses(nodes)
+        inputs, lines = [], []
+        for node in nodes:
+            if node.op == "placeholder":
+                inputs.append(self._text(node))
+            elif node.op == "get_attr":
+                self.names[id(node)] = self._bind(_attribute(self.module, str(node.target)))
+            elif node.op == "output":
+                lines.append(f"return {self._text(node.args[0])}")
+            else:
+                lines.append(f"{self._text(node)} = {self._call(node)}")
+                if dead[node]:
+                    lines.append(f"del {', '.join(map(self._text, dead[node]))}")
+        # bound names come after a bare *, so that no argument can take their place
+        parameters = ", ".join([*inputs, *(["*", *(f"{key}={key}" for key in self.bound)] if self.bound else [])])
+        source = "\n    ".join([f"def segment({parameters}):", *lines])
+        scope: dict[str, Any] = dict(self.bound)
+        exec(compile(source, f"<segment {name}>", "exec"), scope)
+        function: Callable[..., Any] = scope["segment"]
+        return function
+
+    def _call(self, node: fx.Node) -> str:
+        arguments = [self._text(value) for value in node.args]
+        arguments += [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
+        if node.op == "call_method":
+            return f"{arguments[0]}.{node.target}({', '.join(arguments[1:])})"
+        # an OpOverload only forwards to `_op`
+        return f"{self._bind(getattr(node.target, '_op', node.target))}({', '.join(arguments)})"
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self.names[id(value)]
+        if isinstance(value, tuple) and type(value) is tuple:
+            return f"({''.join(self._text(item) + ', ' for item in value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(self._text(item) for item in value)}]"
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{key!r}: {self._text(item)}' for key, item in value.items())}}}"
+        if isinstance(value, slice):
+            return f"slice({self._text(value.start)}, {self._text(value.stop)}, {self._text(value.step)})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self._bind(value)
+
+    def _bind(self, value: Any) -> str:
+        name = self.names.get(id(value))
+        if name is None:
+            name = self.names[id(value)] = f"bound_{len(self.bound)}"
+            self.bound[name] = value
+        return name
+
+
+def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """node → values that nothing after it reads, its own among them if nothing does."""
+    dead: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        last.setdefault(node, node)
+        for used in node.all_input_nodes:
+            last[used] = node
+    for value, user in last.items():
+        if value.op not in ("get_attr", "output", "placeholder") and user.op != "output":
+            dead[user].append(value)
+    return dead
+
+
+def _attribute(root: Any, target: str) -> Any:
+    for part in target.split("."):
+        root = getattr(root, part)
+    return root

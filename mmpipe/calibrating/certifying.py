@@ -77,7 +77,7 @@ def calibrate(
     sequences = [sequence for sequence in scores.sequences() if sequence]
     if not sequences:
         raise ConfigError("one encoder and no depth exits: there is nowhere to leave early", path="encoders")
-    temperatures = _temperatures(scores, parts)
+    temperatures = temperatures_of(scores, parts)
     candidates = [scores.exits(sequence, temperatures, confidence) for sequence in sequences]
     try:
         certified = certify(candidates, parts, max_disagreement=max_disagreement, certainty=certainty)
@@ -94,7 +94,7 @@ def calibrate(
     )
 
 
-def _temperatures(scores: Scores, parts: Split) -> dict[str, float]:
+def temperatures_of(scores: Scores, parts: Split) -> dict[str, float]:
     """By likelihood of the full pipeline's label, of the true one where it is given; the full pipeline's own from
     true labels alone. From the learn split."""
     learn = torch.from_numpy(parts.learn)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 # Who implements one adds it here (or removes the line); docs/configuration.md follows.
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
-    "fusion.audit.share": (0.0,),
-    "fusion.deliberate": (None,),
     "runtime.dtype": ("auto", "float32"),
     "runtime.backend": ("auto", "eager"),
     "input.decode": ("exact",),

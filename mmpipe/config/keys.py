@@ -33,12 +33,12 @@ from mmpipe.config.values import (
     checked,
     listed,
     nearest,
-    off_word,
     one_or_more,
     parse_device,
     parse_exit_entry,
     parse_head,
     parse_model,
+    switch_word,
     valid,
 )
 from mmpipe.config.words import translate
@@ -115,9 +115,11 @@ class ExitConfig(_Keys):
 class AuditConfig(_Keys):
     """Samples that left early and are computed in full as well, to see whether the exits still hold."""
 
-    share: Share = Field(default=0.0, description="Share of the exited samples.")
+    share: Share = Field(default=0.01, description="Share of the samples, chosen by a hash of their ids; 0%: none.")
     on_drift: Literal["warn", "disable"] = Field(
-        default="warn", description="When the exits disagree too often: say so, or stop using them."
+        default="warn",
+        description="When the exits surely disagree more often than the calibration promised: say so, or also stop "
+        "using them from the next shard on.",
     )
 
 
@@ -125,9 +127,11 @@ class DeliberateConfig(_Keys):
     """A second look, with more input, at samples that the last stage is unsure of."""
 
     below: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.8, description="Confidence under which a sample is looked at again."
+        default=0.8, description="Confidence of the last stage under which a sample is looked at again."
     )
-    views: Annotated[int, Field(ge=2, le=32)] = Field(default=4, description="Views that are weighed.")
+    views: Annotated[int, Field(ge=2, le=32)] = Field(
+        default=4, description="Views that are weighed, the first look among them; at most."
+    )
 
 
 class FusionConfig(_Keys):
@@ -154,9 +158,13 @@ class FusionConfig(_Keys):
     on_mismatch: Literal["error", "full"] = Field(
         default="error", description="When the calibration was made for another model: stop, or run without exits."
     )
-    audit: AuditConfig | None = Field(default=None, description="Check exited samples in full; null: none.")
+    audit: AuditConfig | None = Field(
+        default=None,
+        description="Folder jobs: compute a share of the exited samples in full as well. Null: 1% where there is a "
+        "calibration, else none.",
+    )
     deliberate: DeliberateConfig | None = Field(
-        default=None, description="A second look at unsure samples; null: none."
+        default=None, description="A second look at unsure samples, with more input; null: none."
     )
 
 
@@ -184,12 +192,18 @@ class RuntimeConfig(_Keys):
         description="Memory for weights, pool, workspaces and decoding: `auto` (80% of what is free), or `4GB`.",
     )
     cache: Annotated[
-        Literal["auto", "off"], BeforeValidator(off_word), WithJsonSchema({"enum": ["auto", "off", False]})
-    ] = Field(default="auto", description="Keep embeddings between runs. Nothing is cached yet: `auto` means `off`.")
+        Literal["auto", "on", "off"],
+        BeforeValidator(switch_word),
+        WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
+    ] = Field(
+        default="auto",
+        description="Keep embeddings between runs: what was encoded before is not decoded or encoded again. `auto`: "
+        "for batches and folders, not for single calls. `MMPIPE_CACHE` names the folder (`off`: none).",
+    )
     cache_limit: Size = Field(
         default=10_000_000_000,
         json_schema_extra={"default": "10GB"},
-        description="Disk space of the cache. Without effect yet.",
+        description="Disk space of the cache: what was not used for longest goes first.",
     )
 
 

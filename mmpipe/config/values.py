@@ -227,8 +227,9 @@ def one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str) else listed(value)
 
 
-def off_word(value: object) -> object:
-    return "off" if value is False else value  # YAML reads a bare `off` as false
+def switch_word(value: object) -> object:
+    """YAML reads a bare `on` or `off` as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 Text = Annotated[str, Field(min_length=1)]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmpipe.budget import shown
 from mmpipe.explain.words import duration
 from mmpipe.fingerprints import versions
 from mmpipe.graphs import cost, memory
@@ -24,7 +25,6 @@ from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.loading import freed_memory_is_kept
 from mmpipe.pipeline import Pipeline
-from mmpipe.placing import shown
 from mmpipe.runtime.device import cuda_devices
 from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample
@@ -39,9 +39,11 @@ def explain(
 ) -> dict[str, Any]:
     """Run `samples` twice, measure the second time, and tell all there is to tell. Changes nothing in the pipeline."""
     say(f"measuring a run of {len(samples)} samples")
-    pipeline.run(samples[: 4 * pipeline.resolved.batch_size])  # what is slow only once: memory, kernels, caches
+    warm = samples[: 4 * pipeline.resolved.batch_size]
+    pipeline.run(warm, deliberate=False, cached=False)  # what is slow only once: memory, kernels, caches
     began = time.perf_counter()
-    predictions, outcome = pipeline.run(samples)
+    # one look, nothing known: what is told of is one plan's run
+    predictions, outcome = pipeline.run(samples, deliberate=False, cached=False)
     wall = time.perf_counter() - began
     plan = pipeline.plan
     say("timing the matrix products alone")

@@ -6,11 +6,12 @@ listing ─► shard of samples ─► Engine.run ─► predictions ─► part
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from mmpipe.errors import Interrupted, MmpipeError
 from mmpipe.jobs import shards
+from mmpipe.jobs.auditing import Auditor, AuditSettings
 from mmpipe.jobs.output import claimed, writing
 from mmpipe.jobs.progress import Progress, Silent
 from mmpipe.jobs.report import write_report
@@ -43,6 +45,7 @@ class JobSettings:
     versions: Mapping[str, str]
     notes: tuple[str, ...]
     build_seconds: float
+    audit: AuditSettings | None = None
 
 
 class Engine(Protocol):
@@ -53,8 +56,21 @@ class Engine(Protocol):
     def fingerprints(self, samples: Sequence[Sample]) -> Mapping[str, str]: ...
 
     def run(
-        self, samples: Sequence[Sample], *, answered: Callable[[int], None] = ...
+        self,
+        samples: Sequence[Sample],
+        *,
+        exits: bool = ...,
+        deliberate: bool | None = ...,
+        answered: Callable[[int], None] = ...,
     ) -> tuple[list[Prediction], Outcome]: ...
+
+    def run_shards(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        done: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
+        *,
+        answered: Callable[[int], None] = ...,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,21 +120,36 @@ def run_job(
     columns = shards.schema(settings.dims, len(settings.labels), listing.keep_types)
     tally = Tally(settings.labels, settings.exits, tuple(settings.dims))
     tally.spend("fuse", settings.build_seconds)
+    audit: Auditor | None = None
+    if settings.audit is not None:
+        audit = Auditor(settings.audit, lambda chosen: engine.run(chosen, exits=False)[0], progress.say)
     began = time.perf_counter()
     with claimed(folder, mode), _Signals() as signals:
         fingerprints = engine.fingerprints(samples)
         stopped: MmpipeError | None = None
-        progress.start(len(samples), "predicting")
-        try:
-            for number, start in enumerate(range(0, len(samples), settings.shard_rows)):
-                shard = samples[start : start + settings.shard_rows]
-                with signals.raised():
-                    predictions, outcome = engine.run(shard, answered=progress.advance)
-                clock = time.perf_counter()
+        numbers = itertools.count()
+
+        def commit(shard: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+            clock = time.perf_counter()
+            with signals.held():
                 with writing(folder):
-                    shards.write_shard(folder / shards.FOLDER, number, shards.table(predictions, columns))
+                    shards.write_shard(folder / shards.FOLDER, next(numbers), shards.table(predictions, columns))
                 tally.spend("write", time.perf_counter() - clock)
                 tally.add(shard, predictions, outcome)
+
+        progress.start(len(samples), "predicting")
+        parts = (samples[start : start + settings.shard_rows] for start in range(0, len(samples), settings.shard_rows))
+        try:
+            with signals.raised():
+                if audit is None:
+                    engine.run_shards(parts, commit, answered=progress.advance)
+                for shard in parts if audit is not None else ():
+                    assert audit is not None
+                    answers = engine.run(shard, exits=audit.exits, deliberate=True, answered=progress.advance)
+                    commit(shard, *answers)
+                    audit.look(shard, answers[0])
+                if audit is not None:
+                    audit.finish()
         except MmpipeError as error:
             stopped = error
         except MemoryError as error:
@@ -127,7 +158,7 @@ def run_job(
         finally:
             progress.finish()
         seconds = time.perf_counter() - began
-        run = _run_json(settings, tally, fingerprints, seconds, stopped)
+        run = _run_json(settings, tally, fingerprints, seconds, stopped, audit)
         # A disk that is full stays full: what stopped the job is then what to tell.
         with contextlib.suppress(MmpipeError) if stopped else contextlib.nullcontext(), writing(folder):
             with shards.replacing(folder / "run.json") as temporary:
@@ -172,6 +203,17 @@ class _Signals:
             raise Interrupted(number)
 
     @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within `raised()`: what must not be torn. A signal that comes meanwhile raises afterwards."""
+        before, self._raises = self._raises, False
+        try:
+            yield
+        finally:
+            self._raises = before
+        if before and self._number is not None:
+            raise Interrupted(self._number)
+
+    @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
         try:
             self._raises = True
@@ -183,9 +225,15 @@ class _Signals:
 
 
 def _run_json(
-    settings: JobSettings, tally: Tally, fingerprints: Mapping[str, str], seconds: float, stopped: MmpipeError | None
+    settings: JobSettings,
+    tally: Tally,
+    fingerprints: Mapping[str, str],
+    seconds: float,
+    stopped: MmpipeError | None,
+    audit: Auditor | None,
 ) -> dict[str, Any]:
     spent = dict(tally.seconds)
+    again = spent.pop("deliberating", 0.0)  # its segments are counted with the others
     parts = {
         name: round(spent.pop(name, 0.0), 4) for name in ("decode", "waiting", "fuse", "write")
     }  # decode: core-seconds on the workers; waiting: the model's, for media; fuse: load, capture, fuse, cut
@@ -194,17 +242,23 @@ def _run_json(
         "status": {name: tally.status[name] for name in ("ok", "partial", "failed")},
         "answered_by": {name: tally.answered_by[name] for name in settings.exits},
         "files_opened": {name: tally.files_opened[name] for name in settings.dims},
+        "cache": {
+            "hits": {name: tally.recalled[name] for name in settings.dims},
+            "misses": {name: tally.missed[name] for name in settings.dims},
+        },
         "items_per_second": round(tally.rows / seconds, 3) if seconds else 0.0,
         "seconds": {
             "total": round(seconds, 4),
             **parts,
             "segments": {name: round(value, 4) for name, value in sorted(spent.items())},
         },
+        "deliberated": {"rows": tally.deliberated, "changed": tally.changed, "seconds": round(again, 4)},
+        "audit": None if audit is None else audit.report(),
         "errors": dict(tally.errors.most_common()),
         "interrupted": isinstance(stopped, Interrupted),
         "stopped": str(stopped) if stopped else None,  # why not all samples have a row
         "resolved": dict(settings.resolved),
         "fingerprints": dict(fingerprints),
         "versions": dict(settings.versions),
-        "notes": list(settings.notes),
+        "notes": [*settings.notes, *(audit.notes if audit is not None else ()), *tally.notes],
     }

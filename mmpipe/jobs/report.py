@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmpipe.jobs import report_cards, report_sections
+from mmpipe.jobs import report_cards, report_checks, report_sections
 from mmpipe.jobs.markup import count, escape, number, percent, seconds, table, tag, user
 from mmpipe.jobs.media_cells import MediaCells
 from mmpipe.media import Limits
@@ -68,6 +68,8 @@ def page(tally: Tally, run: Mapping[str, Any], *, title: str, cells: MediaCells)
             report_cards.stories(tally, cells),
             report_sections.classes(tally),
             report_sections.confidence(tally),
+            report_checks.deliberation(tally, run),
+            report_checks.audit(run),
             report_sections.time(run),
             report_sections.failures(tally),
             report_cards.samples(tally, cells),
@@ -109,7 +111,7 @@ def _header(tally: Tally, run: Mapping[str, Any], title: str) -> str:
         words = f"This run was interrupted. It tells of the {count(tally.rows, 'sample')} that were done by then."
         banner = tag("p", words, cls="banner", role="status")
     there = sum(tally.present.values())
-    never = there - sum(min(tally.files_opened[name], tally.present[name]) for name in tally.modalities)
+    never = there - sum(tally.reached(name) for name in tally.modalities)
     lede = ""
     if never and len(tally.exits) > 1:
         were = "was" if never == 1 else "were"
@@ -140,6 +142,9 @@ def _figures(tally: Tally, run: Mapping[str, Any], there: int, never: int) -> li
     if run.get("items_per_second"):
         total = run.get("seconds", {}).get("total")
         figures.append(("samples a second", number(run["items_per_second"]), f"in {seconds(total)}" if total else ""))
+    if tally.recalled:
+        known, looked = tally.recalled.total(), tally.recalled.total() + tally.missed.total()
+        figures.append(("known from before", percent(known, looked), f"{known:,} of {looked:,} embeddings"))
     figures.append(("failed", f"{tally.status['failed']:,}", f"{tally.status['partial']:,} partial"))
     return figures
 

@@ -81,7 +81,7 @@ def flow(tally: Tally, without: int) -> str:
 def _files(tally: Tally) -> str:
     cells = []
     for name in tally.modalities:
-        there, opened = tally.present[name], min(tally.files_opened[name], tally.present[name])
+        there, opened = tally.present[name], tally.reached(name)
         if there:
             never = f"{there - opened:,} never opened" if there > opened else "all opened"
             title = f"{name}: {opened:,} of {there:,} opened"

@@ -62,9 +62,14 @@ class Tally:
     status: Counter[str] = field(default_factory=Counter)
     answered_by: Counter[str] = field(default_factory=Counter)
     files_opened: Counter[str] = field(default_factory=Counter)
+    recalled: Counter[str] = field(default_factory=Counter)  # modality → embeddings that were known
+    missed: Counter[str] = field(default_factory=Counter)  # modality → embeddings that were looked up in vain
+    notes: list[str] = field(default_factory=list)  # what the runs had to say, each once
     present: Counter[str] = field(default_factory=Counter)
     by_label: dict[str, Counter[str]] = field(default_factory=dict)  # label → exit → rows
     confidence: dict[str, list[int]] = field(default_factory=dict)  # exit that answered → rows per bin
+    deliberated: int = 0  # rows that were looked at again
+    changed: int = 0  # of those: rows whose label is another one for it
     errors: Counter[str] = field(default_factory=Counter)  # "modality:code" → how often
     failures: list[Prediction] = field(default_factory=list)  # the first of status failed and partial
     stories: dict[str, Story] = field(default_factory=dict)
@@ -78,12 +83,23 @@ class Tally:
         steps = self._steps(outcome, predictions)
         for row, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
             self._count(prediction)
+            if prediction.deliberated and outcome.probabilities_NL is not None:
+                first = self.labels[int(outcome.probabilities_NL[row].argmax())]
+                self.deliberated += 1
+                self.changed += first != prediction.label
             shown = Shown(sample, prediction, tuple(steps.get(row, ())))
             self._tell(shown)
             self._show(shown)
         for name, seconds in outcome.seconds.items():
             self.spend(name, seconds)
         self.files_opened.update(outcome.files_opened)
+        self.recalled.update(outcome.recalled)
+        self.missed.update(outcome.missed)
+        self.notes += [note for note in outcome.notes if note not in self.notes]
+
+    def reached(self, modality: str) -> int:
+        """Media that a run needed; speculation may open more than there are."""
+        return min(self.files_opened[modality], self.present[modality])
 
     def spend(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds

@@ -7,9 +7,9 @@ rich's markup.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from rich import box
 from rich.console import Console, Group
@@ -59,6 +59,8 @@ def show_summary(summary: Summary, *, packaged: str | None = None, console: Outp
     for kind in _TITLES:
         if kind in tally.stories:
             out.print(_story(kind, tally.stories[kind].shown, summary.limits, min(out.width, 80)))
+    for told in _checks(run):
+        out.print(told + "\n")
     if tally.failures:
         out.print(_failures(tally.failures, tally.status["failed"], tally.status["partial"]))
     seconds = run["seconds"]
@@ -105,7 +107,22 @@ def _opened(summary: Summary) -> str:
         for name in tally.modalities
         if tally.present[name]
     ]
-    return "files opened: " + (", ".join(opened) or "none")
+    known = [f"{tally.recalled[name]:,} {name}" for name in tally.modalities if tally.recalled[name]]
+    return "files opened: " + (", ".join(opened) or "none") + (f"; known: {', '.join(known)}" if known else "")
+
+
+def _checks(run: Mapping[str, Any]) -> Iterator[str]:
+    """What a second look changed, and what the audit found; nothing where there was neither."""
+    again, audit = run.get("deliberated") or {}, run.get("audit")
+    if again.get("rows"):
+        yield f"looked again at {again['rows']:,}: {again['changed']:,} got another label, {again['seconds']:.1f} s"
+    if audit and audit["chosen"]:
+        low, high = audit["interval"]
+        broken = f", MORE THAN PROMISED ({audit['promised']:.2%})" if audit["broken"] else ""
+        yield (
+            f"audit: {audit['disagreements']:,} of {audit['chosen']:,} differ from the full pipeline: "
+            f"{low:.2%} to {high:.2%} of all{broken}"
+        )
 
 
 def _story(kind: str, shown: Shown, limits: media.Limits, width: int) -> Panel:

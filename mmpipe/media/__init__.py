@@ -1,18 +1,26 @@
 """Folders and manifests → samples; limits; decoding; work ahead of its consumer. Imports no torch."""
 
 from mmpipe.media.ahead import Ahead, Here
-from mmpipe.media.decode import estimate_bytes, load
+from mmpipe.media.content import Content, content_of, is_unchanged
+from mmpipe.media.decode import estimate_bytes, load, picture_size, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
+from mmpipe.media.views import View
 
 __all__ = [
     "SUFFIXES",
     "Ahead",
+    "Content",
     "Here",
     "Limits",
     "Listing",
     "Samples",
+    "View",
+    "content_of",
     "estimate_bytes",
     "find",
+    "is_unchanged",
     "load",
+    "picture_size",
+    "sound_seconds",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -14,11 +13,17 @@ R = TypeVar("R")
 
 
 class Ahead:
-    """Decodes ahead: `with Ahead(workers, memory_limit_bytes) as ahead: for medium in ahead.map(load, items, cost)`.
+    """Decodes ahead, on threads that all its queues share. Its queues belong to one consumer's thread.
 
-    memory_limit_bytes bounds the sum of the costs of all items that are started and not yet consumed; an item is
-    consumed when the next one is asked for. One item above the bound is let through alone. items_ahead (default:
-    four for each worker) bounds their number. Both hold for each iterator by itself. The bound is as good as `cost`.
+        with Ahead(workers, memory_limit_bytes) as ahead:
+            queue = ahead.queue(load, cost)
+            queue.put(items)
+            medium = queue.get()
+
+    memory_limit_bytes bounds the sum of the costs of all items that are started and not yet consumed, in all queues;
+    an item is consumed when its queue is asked for the next one. One item of each queue is let through whatever it
+    costs, so that no queue waits for another. items_ahead (default: four for each worker) bounds the number of started
+    items of each queue. The bound is as good as `cost`.
     """
 
     def __init__(self, workers: int, memory_limit_bytes: int, *, items_ahead: int | None = None) -> None:
@@ -29,25 +34,32 @@ class Ahead:
             raise ValueError(
                 f"workers={workers}, memory_limit_bytes={memory_limit_bytes}, items_ahead={items_ahead}: < 1"
             )
-        self._pools: set[ThreadPoolExecutor] = set()  # outlive an iterator that was dropped: close() waits for them
-        self._iterators: weakref.WeakSet[AheadIterator[object, object]] = weakref.WeakSet()
+        self.used_bytes = 0  # of all queues: started, or with the consumer
+        self._threads: ThreadPoolExecutor | None = None
 
-    def map(self, load: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]) -> AheadIterator[T, R]:
-        """load(item) for each item, in order. Items and costs are taken on the consumer's thread.
+    def queue(
+        self,
+        load: Callable[[T], R],
+        cost: Callable[[T], int],
+        room: Callable[[T, bool], bool] = lambda item, wait: True,
+    ) -> Queue[T, R]:
+        """load(item) for each item that is put, in order.
 
-        What `load`, `cost` or `items` raises is raised at that item's place; after an error of `load` or `cost`,
-        asking again goes on with the next item.
+        `cost` and `room` are called on the consumer's thread just before an item is started. `room(item, wait)` says
+        whether it may be; with `wait` it waits until it may, because the consumer needs this very item.
         """
-        iterator = AheadIterator(self, load, iter(items), cost)
-        self._iterators.add(iterator)  # type: ignore[arg-type]
-        return iterator
+        return Queue(self, load, cost, room)
+
+    def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
+        """Put one item on the threads; they are started with the first."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="mmpipe-ahead")
+        return self._threads.submit(load, item)
 
     def close(self) -> None:
         """Cancels what has not started, waits for what has, and ends the threads."""
-        for iterator in list(self._iterators):
-            iterator.close()
-        while self._pools:
-            self._pools.pop().shutdown(wait=True, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
@@ -56,46 +68,87 @@ class Ahead:
         self.close()
 
 
-class Here:
+class Here(Ahead):
     """As Ahead, without threads: each item when it is asked for. For so few that a thread would only add its start."""
 
-    def map(self, load: Callable[[T], R], items: Iterable[T], cost: Callable[[T], int]) -> Generator[R, None, None]:
-        """load(item) for each item, in order."""
-        for item in items:
-            yield load(item)
+    def __init__(self) -> None:
+        super().__init__(1, 1, items_ahead=1)
 
-    def __enter__(self) -> Self:
-        return self
+    def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
+        future: Future[R] = Future()
+        try:
+            future.set_result(load(item))
+        except Exception as error:  # noqa: BLE001 - raised at its place
+            future.set_exception(error)
+        return future
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        return None
+    def queue(
+        self,
+        load: Callable[[T], R],
+        cost: Callable[[T], int],
+        room: Callable[[T, bool], bool] = lambda item, wait: True,
+    ) -> Queue[T, R]:
+        return Queue(self, load, lambda item: 0, room, lazy=True)
 
 
-class AheadIterator(Generic[T, R]):
-    """The results, in order. `close()` (or leaving the `Ahead`, or dropping the iterator) ends its threads."""
+class Queue(Generic[T, R]):
+    """Items asked for, and their results in the same order. What `load` or `cost` raises is raised in its place."""
 
-    def __init__(self, ahead: Ahead, load: Callable[[T], R], items: Iterator[T], cost: Callable[[T], int]) -> None:
-        self._load, self._items, self._cost = load, items, cost
-        self._limit_bytes, self._items_ahead = ahead.memory_limit_bytes, ahead.items_ahead
-        self._pool = ThreadPoolExecutor(ahead.workers, thread_name_prefix="mmpipe-ahead")
-        self._pools = ahead._pools
-        self._pools.add(self._pool)
+    def __init__(
+        self,
+        ahead: Ahead,
+        load: Callable[[T], R],
+        cost: Callable[[T], int],
+        room: Callable[[T, bool], bool],
+        *,
+        lazy: bool = False,
+    ) -> None:
+        self._ahead, self._load, self._cost, self._room, self._lazy = ahead, load, cost, room, lazy
+        self._asked: deque[T] = deque()
         self._started: deque[tuple[Future[R], int]] = deque()
-        self._next: tuple[T, int] | None = None  # taken from items, waiting for room
-        self._used_bytes = 0  # started, or with the consumer
-        self._held_bytes = 0  # of _used_bytes: what the consumer has
-        self._ended = False
+        self._held_bytes = 0  # of what the consumer has
+        self._next_cost: int | None = None  # of the first that is not started: a file's header is read once
 
-    def __iter__(self) -> Self:
-        return self
+    def __len__(self) -> int:
+        """Results that are still to come."""
+        return len(self._asked) + len(self._started)
 
-    def __next__(self) -> R:
-        self._used_bytes -= self._held_bytes
+    def put(self, items: Iterable[T]) -> None:
+        """Ask for more; started as far as there is room."""
+        self._asked.extend(items)
+        self.push()
+
+    def push(self) -> None:
+        """Start what there is room for now. Called where the consumer has made room, or waits for something else."""
+        while not self._lazy and self._asked and self._start(must=False):
+            pass
+
+    def unstarted(self) -> int:
+        """Items asked for that have not been started."""
+        return len(self._asked)
+
+    def ready(self) -> bool:
+        """Whether the next result is there without waiting."""
+        self.push()
+        return bool(self._started) and self._started[0][0].done()
+
+    def drop(self) -> None:
+        """Forget everything that is still to come, after what runs has ended."""
+        self._asked.clear()
+        self._next_cost = None
+        running = [future for future, _ in self._started if not future.cancel()]
+        for future in running:
+            future.exception()  # waits
+        self._ahead.used_bytes -= sum(cost for _, cost in self._started)
+        self._started.clear()
+
+    def get(self) -> R:
+        """The next result. Waits for it; IndexError where nothing was asked for."""
+        self._ahead.used_bytes -= self._held_bytes
         self._held_bytes = 0
-        self._start_what_fits()
         if not self._started:
-            self.close()
-            raise StopIteration
+            self._start(must=True)
+        self.push()
         future, cost = self._started[0]
         future.exception()  # waits; an interrupt here leaves the item where it is
         self._started.popleft()
@@ -105,50 +158,28 @@ class AheadIterator(Generic[T, R]):
         finally:
             del future  # else a raised error, its traceback and this frame keep each other alive
 
-    def _start_what_fits(self) -> None:
-        while len(self._started) < self._items_ahead:
-            if self._next is None and not self._take():
-                return
-            if self._next is None:
-                continue  # its cost failed: it already has its place
-            item, cost = self._next
-            if self._used_bytes and self._used_bytes + cost > self._limit_bytes:
-                return
-            self._next = None
-            self._used_bytes += cost
-            self._started.append((self._pool.submit(self._load, item), cost))
-
-    def _take(self) -> bool:
-        """Moves one item from `items` to `_next`, or its error to its place. False: there are no more."""
-        if self._ended:
+    def _start(self, *, must: bool) -> bool:
+        """Start the next item, if there is room: in this queue's number, in memory, and where it is to be put."""
+        if not must and len(self._started) >= self._ahead.items_ahead:
             return False
-        try:
-            item = next(self._items)
-        except StopIteration:
-            self._ended = True
+        item = self._asked[0]
+        if self._next_cost is None:
+            try:
+                self._next_cost = max(0, self._cost(item))
+            except Exception as error:  # noqa: BLE001 - as load's own
+                self._asked.popleft()
+                failed: Future[R] = Future()
+                failed.set_exception(error)
+                self._started.append((failed, 0))
+                return True
+        cost = self._next_cost
+        alone = not self._started and not self._held_bytes
+        if not alone and not must and self._ahead.used_bytes + cost > self._ahead.memory_limit_bytes:
             return False
-        except Exception as error:  # noqa: BLE001 - whatever the user's iterable raises, after what came before it
-            self._ended = True
-            self._failed(error)
-            return True
-        try:
-            self._next = item, max(0, self._cost(item))
-        except Exception as error:  # noqa: BLE001 - as load's own
-            self._failed(error)
+        if not self._room(item, must):
+            return False
+        self._asked.popleft()
+        self._next_cost = None
+        self._ahead.used_bytes += cost
+        self._started.append((self._ahead.submit(self._load, item), cost))
         return True
-
-    def _failed(self, error: Exception) -> None:
-        future: Future[R] = Future()
-        future.set_exception(error)
-        self._started.append((future, 0))
-
-    def close(self) -> None:
-        """Cancels what has not started, waits for what has, and ends the threads. May be called again."""
-        self._ended, self._next = True, None
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pools.discard(self._pool)
-        self._started.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_pool"):
-            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -25,23 +25,40 @@ _AV_SLACK_FRAMES = 4096  # what an encoder's delay may take from the length in t
 _ESTIMATED_RATE_HZ = 48_000
 
 
-def from_file(file: BinaryIO, size_bytes: int, limits: Limits, max_seconds: float | None) -> Sound:
-    """The sound of a file that is within its size limit; its first max_seconds only. Raises MediaError."""
+def from_file(
+    file: BinaryIO, size_bytes: int, limits: Limits, max_seconds: float | None, start_seconds: float = 0.0
+) -> Sound:
+    """The sound of a file that is within its size limit; max_seconds from start_seconds on only. Raises MediaError."""
     start = file.read(1 << 16)
     head = start[:16]
     try:
         sound = _soundfile(file)
     except Exception:  # noqa: BLE001 - whatever it is, PyAV may know the format
-        return _from_av(file, head, limits, max_seconds)
+        return _from_av(file, head, limits, max_seconds, start_seconds)
     with sound:
         counted = sound.format != "MP3" or _is_counted(start)
         if counted or not _has_av():
-            return _from_soundfile(sound, file, size_bytes, limits, max_seconds, counted)
+            return _from_soundfile(sound, file, size_bytes, limits, max_seconds, start_seconds, counted)
     # libsndfile guesses such a file's length from its first bit rate, and reads no further than its guess.
-    return _from_av(file, head, limits, max_seconds)
+    return _from_av(file, head, limits, max_seconds, start_seconds)
 
 
-def from_memory(source: Any, limits: Limits, max_seconds: float | None) -> Sound:
+def file_seconds(file: BinaryIO) -> float | None:
+    """How long its header says that a file's sound is; None where it doesn't. Raises what a decoder raises."""
+    try:
+        with _soundfile(file) as sound:
+            if 0 <= sound.frames < _UNKNOWN_FRAMES:
+                return float(sound.frames / sound.samplerate)
+            return None
+    except Exception:  # noqa: BLE001 - a format of PyAV's
+        import av
+
+        file.seek(0)
+        with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
+            return None if container.duration is None else float(container.duration / av.time_base)
+
+
+def from_memory(source: Any, limits: Limits, max_seconds: float | None, start_seconds: float = 0.0) -> Sound:
     """(samples, rate_hz) as mono float32. Whole numbers are scaled by their type's range. Raises MediaError."""
     import numpy as np
 
@@ -61,7 +78,8 @@ def from_memory(source: Any, limits: Limits, max_seconds: float | None) -> Sound
         text = f"shape {list(shape)}: samples are [n] or [channels, n] with at most {_MAX_CHANNELS} channels"
         raise MediaError("audio", "unsupported", text)
     _check_length(shape[-1], rate_hz, limits)
-    values = numpy_of(samples[..., : _wanted(shape[-1], rate_hz, max_seconds)], "audio")
+    skipped = round(start_seconds * rate_hz)
+    values = numpy_of(samples[..., skipped : skipped + _wanted(shape[-1], rate_hz, max_seconds)], "audio")
     kind = values.dtype
     if kind == np.uint8:
         values = (values.astype(np.float32) - 128) / 128
@@ -118,7 +136,13 @@ def _is_at_end(sound: Any, file: BinaryIO, size_bytes: int) -> bool:
 
 
 def _from_soundfile(
-    sound: Any, file: BinaryIO, size_bytes: int, limits: Limits, max_seconds: float | None, counted: bool
+    sound: Any,
+    file: BinaryIO,
+    size_bytes: int,
+    limits: Limits,
+    max_seconds: float | None,
+    start_seconds: float,
+    counted: bool,
 ) -> Sound:
     import numpy as np
 
@@ -128,10 +152,13 @@ def _from_soundfile(
     if told:
         _check_length(sound.frames, rate_hz, limits)
         longest = sound.frames
+    max_seconds = None if max_seconds is None else start_seconds + max_seconds
     wanted = _wanted(longest, rate_hz, max_seconds)
     blocks: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-    got = 0
+    got = round(start_seconds * rate_hz)  # frames up to here, read or passed over
     try:
+        if got:
+            sound.seek(got)
         while got < wanted:
             block = sound.read(min(wanted - got, _BLOCK_VALUES // channels + 1), dtype="float32", always_2d=True)
             if not len(block):
@@ -182,7 +209,9 @@ def _has_av() -> bool:
     return True
 
 
-def _from_av(file: BinaryIO, head: bytes, limits: Limits, max_seconds: float | None) -> Sound:
+def _from_av(
+    file: BinaryIO, head: bytes, limits: Limits, max_seconds: float | None, start_seconds: float = 0.0
+) -> Sound:
     import numpy as np
 
     try:
@@ -193,6 +222,7 @@ def _from_av(file: BinaryIO, head: bytes, limits: Limits, max_seconds: float | N
     file.seek(0)
     blocks: list[np.ndarray[Any, np.dtype[np.float32]]] = []
     got = rate_hz = declared = 0
+    max_seconds = None if max_seconds is None else start_seconds + max_seconds
     try:
         # A list of formats, because others (playlists) make FFmpeg open files and addresses of the sender's choice.
         with av.open(file, options={"format_whitelist": _AV_FORMATS}) as container:
@@ -213,8 +243,11 @@ def _from_av(file: BinaryIO, head: bytes, limits: Limits, max_seconds: float | N
                 for planar in resampler.resample(frame):
                     rate_hz = int(planar.sample_rate)
                     with np.errstate(invalid="ignore", over="ignore"):
-                        blocks.append(planar.to_ndarray().mean(axis=0, dtype=np.float32))
-                    got += len(blocks[-1])
+                        block = planar.to_ndarray().mean(axis=0, dtype=np.float32)
+                    passed = max(0, round(start_seconds * rate_hz) - got)
+                    got += len(block)
+                    if passed < len(block):  # what is passed over is not kept
+                        blocks.append(block[passed:])
                 if got >= wanted:
                     break
     except (MediaError, MemoryError):
@@ -225,6 +258,7 @@ def _from_av(file: BinaryIO, head: bytes, limits: Limits, max_seconds: float | N
         text = f"the file ends after {got / rate_hz:.1f} s of {declared / rate_hz:.1f}"
         raise MediaError("audio", "truncated", text)
     _check_length(got, rate_hz, limits)
+    wanted = max(0, wanted - round(start_seconds * rate_hz))
     return _finished((np.concatenate(blocks) if blocks else np.zeros(0, np.float32))[:wanted], rate_hz)
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from mmpipe.errors import MediaError
 from mmpipe.media import audio, image
 from mmpipe.media.limits import Limits
+from mmpipe.media.views import View, part_of_picture, part_of_text
 
 _UNKNOWN_BYTES = 1 << 16  # estimate for what can't be looked into: it will fail early, or is small
 
@@ -31,26 +32,31 @@ def load(modality: str, source: Any, *, limits: Limits = Limits(), max_seconds: 
     audio → (float32 samples [n], the channels' mean; rate in Hz). With max_seconds only the beginning is decoded.
 
     source: a Path or bytes; a str, which is the text itself, else a path; a PIL image; an array or tensor of pixels
-    ([h, w], [h, w, c] or [c, h, w]; whole numbers 0..255 or floats 0..1); (samples [n] or [channels, n], rate_hz).
+    ([h, w], [h, w, c] or [c, h, w]; whole numbers 0..255 or floats 0..1); (samples [n] or [channels, n], rate_hz); a
+    View of any of these: that part of it.
 
     Raises MediaError(modality, code, text) and nothing else. code is one of not_found, is_folder, unreadable
     (permission, broken disk), empty, too_large, truncated, corrupt, unsupported, not_text, not_finite, no_rate. text
     names the file without its folder.
     """
     try:
+        if isinstance(source, View) and modality != "audio":
+            whole = load(modality, source.source, limits=limits)
+            return part_of_picture(whole, source) if modality == "image" else part_of_text(whole, source)
+        start_seconds, source = (source.start, source.source) if isinstance(source, View) else (0.0, source)
         if isinstance(source, str) and modality == "text":
             return _checked_text(source, limits)
-        if _is_file(source):
-            with _opened(modality, source, limits) as (file, size_bytes):
+        if is_file(source):
+            with opened(modality, source, limits) as (file, size_bytes):
                 if modality == "image":
                     return image.from_file(file, limits)
                 if modality == "text":
                     return _text_from_file(file, size_bytes, limits)
-                return audio.from_file(file, size_bytes, limits, max_seconds)
+                return audio.from_file(file, size_bytes, limits, max_seconds, start_seconds)
         if modality == "image":
             return image.from_memory(source, limits)
         if modality == "audio":
-            return audio.from_memory(source, limits, max_seconds)
+            return audio.from_memory(source, limits, max_seconds, start_seconds)
         raise MediaError(modality, "unsupported", f"a {type(source).__name__} is no text: give a str, bytes or a Path")
     except MemoryError:
         raise MediaError(modality, "too_large", f"{_label(modality, source)}not enough memory to decode it") from None
@@ -65,15 +71,16 @@ def estimate_bytes(
     max_seconds: float | None = None,
 ) -> int:
     """About how many bytes `load` will take at its peak, from the header; few where that isn't known. Never raises."""
+    source = source.source if isinstance(source, View) else source  # a window of a sound is no longer than its first
     try:
         if isinstance(source, str) and modality == "text":
             return 4 * len(source) + _UNKNOWN_BYTES
-        if not _is_file(source):
+        if not is_file(source):
             of_memory: Callable[[Any], int] = (
                 image.estimate_memory_bytes if modality == "image" else audio.estimate_memory_bytes
             )
             return of_memory(source) + _UNKNOWN_BYTES
-        with _opened(modality, source, limits) as (file, size_bytes):
+        with opened(modality, source, limits) as (file, size_bytes):
             if modality == "image":
                 return image.estimate_file_bytes(file, limits) + _UNKNOWN_BYTES
             if modality == "audio":
@@ -83,7 +90,30 @@ def estimate_bytes(
         return _UNKNOWN_BYTES
 
 
-def _is_file(source: Any) -> bool:
+def picture_size(source: Any, limits: Limits = Limits()) -> tuple[int, int] | None:  # noqa: B008 - frozen
+    """Width and height of a picture, upright, from its header; None where it can't be used. Never raises."""
+    try:
+        if not is_file(source):
+            return image.memory_size(source)
+        with opened("image", source, limits) as (file, _):
+            return image.file_size(file, limits)
+    except Exception:  # noqa: BLE001 - load says what is wrong
+        return None
+
+
+def sound_seconds(source: Any, limits: Limits = Limits()) -> float | None:  # noqa: B008 - frozen
+    """How long a sound is, from its header; None where that doesn't tell, or the sound can't be used. Never raises."""
+    try:
+        if not is_file(source):
+            return float(source[0].shape[-1]) / float(source[1])
+        with opened("audio", source, limits) as (file, _):
+            return audio.file_seconds(file)
+    except Exception:  # noqa: BLE001 - load says what is wrong
+        return None
+
+
+def is_file(source: Any) -> bool:
+    """Whether a source is a file's path or content: bytes to decode."""
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview)
 
 
@@ -96,7 +126,7 @@ def _label(modality: str, source: Any) -> str:
 
 
 @contextlib.contextmanager
-def _opened(modality: str, source: Any, limits: Limits) -> Iterator[tuple[BinaryIO, int]]:
+def opened(modality: str, source: Any, limits: Limits) -> Iterator[tuple[BinaryIO, int]]:
     """(file, its size in bytes), checked: a regular file, not empty, within the limit."""
     limit_megabytes = (
         min(limits.file_megabytes, limits.text_kilobytes / 1e3) if modality == "text" else limits.file_megabytes

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # No others: some of Pillow's formats start other programs (EPS) or are hardly ever meant.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 
+_ORIENTATION = 0x0112  # EXIF
 _FLOAT_SLACK = 0.01  # resampling and rounding leave 0..1 by this much
 
 
@@ -32,6 +33,20 @@ def from_memory(source: Any, limits: Limits) -> Image.Image:
         _check_size(source.size, limits)
         return _rgb(_loaded(source).copy())
     return _rgb(_from_array(source, limits))
+
+
+def file_size(file: BinaryIO, limits: Limits) -> tuple[int, int]:
+    """Width and height, upright, from the header. Raises MediaError."""
+    picture = _header(file, limits)
+    width, height = picture.size
+    lies = picture.getexif().get(_ORIENTATION, 1) >= 5  # turned by a quarter
+    return (height, width) if lies else (width, height)
+
+
+def memory_size(source: Any) -> tuple[int, int] | None:
+    """Width and height of what PIL holds; an array's shape has no fixed order of sides."""
+    size = getattr(source, "size", None)
+    return (int(size[0]), int(size[1])) if isinstance(size, tuple) else None
 
 
 def estimate_file_bytes(file: BinaryIO, limits: Limits) -> int:

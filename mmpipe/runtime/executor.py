@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from mmpipe.runtime.lanes import Lane, Watch, Work
 from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.parallel import Parallel
 from mmpipe.runtime.pool import Pool
-from mmpipe.runtime.running import Answered, Feed
+from mmpipe.runtime.shard import Answered, Computed, Feed, Shard
 from mmpipe.runtime.streams import StepFailed, Stream, StreamClosed
 
 
@@ -68,16 +69,44 @@ class Executor:
             if any(f"media/{name}" in (b.name for b in s.buffers) for name in branch.inputs for s in plan.stage_plans)
         }
 
-    def run(self, present_NM: Tensor, feed: Feed, *, answered: Answered = lambda count: None) -> Outcome:
-        """Run rows to their answers. `answered(count)` is told how many rows have just been done with.
+    def shard(
+        self,
+        present_NM: Tensor,
+        feed: Feed,
+        *,
+        gate: Gate | None = None,
+        names: Sequence[Any] | None = None,
+        answered: Answered = lambda count: None,
+        computed: Computed = lambda branch, rows, embeddings_KD: None,
+    ) -> Shard:
+        """Rows for `run_all`. `gate` None: the executor's."""
+        gate = gate or self.gate
+        return Shard(self.plan, present_NM, feed, gate, names=names, answered=answered, computed=computed)
+
+    def run(self, present_NM: Tensor, feed: Feed) -> Outcome:
+        """Run rows to their answers. Raises as `run_all`."""
+        found: list[Outcome] = []
+        self.run_all([self.shard(present_NM, feed)], found.append)
+        return found[0]
+
+    def run_all(self, shards: Iterable[Shard], done: Callable[[Outcome], None]) -> None:
+        """Run shards to their answers, the next one beginning where the last has nothing left to begin with. `done`
+        gets what became of each, in order.
 
         Raises MmpipeError that names the segment where a model, or memory, gave way.
         """
         parallel = len(self.plan.stage_plans[0].stages) > 1
+        before = torch.get_num_threads()
+
+        def hand_on(shard: Shard) -> None:
+            outcome = shard.outcome()
+            with torch.inference_mode(False), _threads(before):  # the caller's own work, as the caller would do it
+                done(outcome)
+
         with torch.inference_mode(), _threads(self.threads):
-            run = (Parallel if parallel else Cascade)(self, present_NM, feed, answered)
+            run = (Parallel if parallel else Cascade)(self)
             try:
-                run.all_rows()
+                run.run(shards, hand_on)
             except StepFailed as error:
                 cause = error.__cause__
                 reason = (str(cause).splitlines() or ["no memory left" if isinstance(cause, MemoryError) else ""])[0]
@@ -87,7 +116,6 @@ class Executor:
             finally:
                 self._quiet()
                 run.close()
-            return run.ledger.close()
 
     def _quiet(self) -> None:
         """However a run ended: nothing of it works on the pool any more, and every row of media is free."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from mmpipe.runtime.ledger import Span
 from mmpipe.runtime.pool import Pool
 from mmpipe.runtime.streams import Event, Run, Stream
 
-Deliver = Callable[[Sequence[int], Mapping[str, Tensor]], None]
+Deliver = Callable[[Sequence[Any], Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,38 @@ class Watch:
     """Somebody watches a segment: `extra` names what its lowered form returns beyond its writes."""
 
     extra: tuple[str, ...]
-    deliver: Deliver  # rows of the run, name → [rows, …] copies
+    deliver: Deliver  # names of the rows, name → [rows, …] copies
+
+
+@dataclass
+class Restored:
+    """Rows that a segment is spared, because the host knows their embeddings [dim]."""
+
+    rows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    embeddings: list[Tensor] = field(default_factory=list)
+
+    def add(self, row: int, slot: int, embedding: Tensor) -> None:
+        self.rows.append(row)
+        self.slots.append(slot)
+        self.embeddings.append(embedding)
 
 
 @dataclass
 class Rows:
     """The rows of one segment in one run: of the run, of the slots, and of the media slots where it takes from them."""
 
-    rows: list[int]
-    slots: list[int]
+    rows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     media: list[int] = field(default_factory=list)
+    restored: Restored = field(default_factory=Restored)
+
+    def of(self, step: Step) -> list[int]:
+        """Those that a step works on."""
+        return self.restored.rows if step.does == "restore" else self.rows
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.restored.rows)
 
 
 class Work:
@@ -57,14 +80,15 @@ class Work:
         self.plan, self.device, self.watches = plan, pool.device, watches
         self.views = {buffer.name: pool.view(lane, buffer) for buffer in stage_plan.buffers}
         # row numbers where the device's copies can read them
-        self.near = {n: self.device.near(v) for n, v in self.views.items() if n.endswith(("/get", "/put"))}
+        self.near = {n: self.device.near(v) for n, v in self.views.items() if n.endswith(("/get", "/put", "/back"))}
         self.watched: dict[str, dict[str, Tensor]] = {}
         self.steps: dict[str, Callable[[], None]] = {}
         for step in stage_plan.steps:
             if step.does == "run":
                 self.steps[step.name] = self._run(step, lowered[step.segment], watches.get(step.segment))
             else:
-                self.steps[step.name] = self._in(step) if step.does == "in" else self._out(step)
+                bind = {"in": self._in, "out": self._out, "restore": self._restore}[step.does]
+                self.steps[step.name] = bind(step)
 
     def write_rows(self, segment: str, rows: Rows) -> None:
         """Tell the steps of a segment which rows they work on: the first fills up a bucket that is not full."""
@@ -78,6 +102,17 @@ class Work:
             view = self.views.get(f"{segment}/{what}")
             if view is not None:
                 view.numpy()[:] = [*numbers, *filler * missing]
+
+    def write_restored(self, segment: str, restored: Restored) -> None:
+        """Give the restoring step of a segment, where it has one, its embeddings and where they go to."""
+        view = self.views.get(f"{segment}/back")
+        if view is None:
+            return
+        missing = self.stage_plan.rows - len(restored.rows)
+        view.numpy()[:] = [*restored.slots, *[self.plan.slots] * missing]  # the spare row
+        known = self.views[f"{segment}/known/{self.plan.embedding(self.plan.segment(segment).branch)}"]
+        for place, embedding in enumerate(restored.embeddings):
+            known[place] = embedding
 
     def write_presence(self, segment: str, present_KM: Tensor) -> None:
         view = self.views.get(f"{segment}/{PRESENCE}")
@@ -121,6 +156,14 @@ class Work:
             else:
                 moves.append(partial(self.device.copy, views[buffer], source))
         return partial(_all, moves)
+
+    def _restore(self, step: Step) -> Callable[[], None]:
+        """The host's embeddings → the device → their rows of the slots."""
+        numbers, known = (self.views[name] for name in step.reads)
+        bucket, slots = (self.views[name] for name in step.writes)
+        near, copy = self.near[f"{step.segment}/back"], self.device.copy
+        moves = [partial(copy, near, numbers)] if near is not numbers else []
+        return partial(_all, [*moves, partial(copy, bucket, known), partial(scatter, slots, near, bucket)])
 
     def _run(self, step: Step, lowered: Lowered, watch: Watch | None) -> Callable[[], None]:
         arguments = [self.views[name] for name in step.reads]
@@ -178,8 +221,8 @@ class Lane:
         self.work, self.run, self.serial = work, Run(self.number), serial
         self.rows, self.events, self.before = {}, {}, before
 
-    def submit(self, step: Step, rows: Rows | None) -> None:
-        """Put one step on its stream; `rows` None: its segment has nothing to do in this run."""
+    def submit(self, step: Step, rows: Rows) -> None:
+        """Put one step on its stream. Where it has no rows in this run, it has nothing to do."""
         assert self.work is not None
         assert self.run is not None
         stream = self.streams[step.stream]
@@ -187,7 +230,7 @@ class Lane:
             stream.wait(self.events[name])
         if step.name in self.work.stage_plan.follows and step.name in self.before:
             stream.wait(self.before[step.name])
-        if rows is not None:
+        if rows.of(step):
             self.rows[step.segment] = rows
             stream.submit(self.work.steps[step.name], self.run, step.name)
         if step.records:
@@ -201,7 +244,7 @@ class Lane:
         graph = work.device.graph_of(work, self.streams) if full else None
         for step in work.stage_plan.steps:
             if graph is None or step.name in graph.prologue:
-                self.submit(step, rows[step.segment] if rows[step.segment].rows else None)
+                self.submit(step, rows[step.segment])
         if graph is not None:
             self.rows = dict(rows)
             self.events.update(graph.replay(self.run))
@@ -212,6 +255,11 @@ class Lane:
         self.events[f"out:{segment}"].wait()
         return self.work.views[f"{segment}/answer/{value}"]
 
+    def ended(self) -> bool:
+        """Whether every step has ended, so that `end` need not wait."""
+        assert self.work is not None
+        return all(self.events[name].done() for name in self.work.stage_plan.ends if name in self.events)
+
     def end(self) -> list[Span]:
         """Wait for every step; the lane is free again. Raises StepFailed."""
         assert self.work is not None
@@ -221,9 +269,12 @@ class Lane:
                 self.events[name].wait()
         run, self.run = self.run, None
         run.settle()
-        counts = {name: len(rows.rows) for name, rows in self.rows.items()}
+        steps = {step.name: step for step in self.work.stage_plan.steps}
+        counts = {
+            name: len(self.rows[step.segment].of(step)) for name, step in steps.items() if step.segment in self.rows
+        }
         return [
-            Span(step, stream, self.number, self.serial, counts.get(step.partition(":")[2] or step, 0), start, end)
+            Span(step, stream, self.number, self.serial, counts[step], start, end)
             for step, stream, start, end in run.spans
         ]
 

@@ -60,8 +60,8 @@ class Outcome:
     """What became of N rows."""
 
     present_NM: Tensor  # bool: what could be used; a failed medium is not
-    opened_NM: Tensor  # bool: what was opened, whether it could be used or not
-    embedded_NM: Tensor  # bool: whose embedding was computed
+    opened_NM: Tensor  # bool: what was opened, whether it could be used or not, or was known without decoding it
+    embedded_NM: Tensor  # bool: whose embedding was computed, or restored
     exit_N: Tensor  # int64: index of the exit that answered; -1: none did
     confidence_N: Tensor
     probabilities_NL: Tensor | None = (
@@ -72,6 +72,9 @@ class Outcome:
     looks: list[Look] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # segment → seconds; "waiting": for media
     files_opened: dict[str, int] = field(default_factory=dict)  # branch → how many, what speculation opened included
+    recalled: dict[str, int] = field(default_factory=dict)  # branch → rows whose embedding was not computed, but known
+    missed: dict[str, int] = field(default_factory=dict)  # branch → rows that were looked up in vain
+    notes: list[str] = field(default_factory=list)  # what a user should know of this run
     spans: list[Span] = field(default_factory=list)  # every step of every run, in the order of its end
     decodings: list[Decoding] = field(default_factory=list)
 
@@ -105,6 +108,11 @@ class Ledger:
         if failure is not None:
             self.outcome.present_NM[row, column] = False
             self.outcome.failures.setdefault(row, {})[branch] = failure
+
+    def recalled(self, branch: str, row: int) -> None:
+        """A row's embedding is known: its file was read, though not decoded."""
+        self.opened(branch, row, None)
+        self.outcome.recalled[branch] = self.outcome.recalled.get(branch, 0) + 1
 
     def wants_head(self, segment: Segment, row: int) -> bool:
         """Whether a row is for the head's segment: the exit brings it something new, or a later stage reads it."""

@@ -132,6 +132,11 @@ class MediaRows:
         self._free = deque(range(count))
         self._reading: deque[tuple[Event, list[int]]] = deque()
 
+    def has_free(self) -> bool:
+        """Whether `take` would not wait."""
+        self.reclaim()
+        return bool(self._free)
+
     def take(self) -> int:
         """A free row, now filling; back-pressure is here."""
         self.reclaim()

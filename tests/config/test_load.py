@@ -38,11 +38,13 @@ def test_every_key_of_the_example(tmp_path: Path) -> None:
         config.task = "embed"  # type: ignore[misc]
 
 
-def test_an_audit_parses_and_is_refused_by_name(tmp_path: Path) -> None:
-    error = refused(written(tmp_path, EXAMPLE.replace("0%", "1%")))
-    assert error.path == "fusion.audit.share"
-    assert error.where.endswith("shop.yaml:18")
-    assert "not implemented yet" in error.message
+def test_an_audit_and_a_second_look(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("share: 0%", "share: 2%").replace("deliberate: null", "deliberate: {views: 6}")
+    fusion = load(written(tmp_path, text)).fusion
+    assert fusion.audit is not None
+    assert (fusion.audit.share, fusion.audit.on_drift) == (0.02, "warn")
+    assert fusion.deliberate is not None
+    assert (fusion.deliberate.below, fusion.deliberate.views) == (0.8, 6)
 
 
 @pytest.mark.parametrize("name", ["clip_clap", "embed", "custom"])
@@ -231,7 +233,7 @@ VALID = st.fixed_dictionaries(
             optional={
                 "batch_size": st.just("auto") | st.integers(1, 512),
                 "memory_limit": st.just("auto") | st.integers(1, 10**12).map(format_size),
-                "cache": st.sampled_from(["auto", "off", False]),
+                "cache": st.sampled_from(["auto", "on", "off", True, False]),
                 "cache_limit": st.integers(1, 10**12).map(format_size),
             },
         ),

@@ -106,10 +106,13 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}fusion: {{modalities: {{image: {{weight: 0}}}}}}\n", 4, "fusion.modalities.image.weight", "above 0"),
     (f"{START}fusion: {{confidence: entropie}}\n", 4, "fusion.confidence", "did you mean entropy?"),
     (f"{START}fusion: {{calibration: c.json}}\n", 4, "fusion.calibration", "use null"),
-    (f"{START}fusion: {{deliberate: {{below: 0.8}}}}\n", 4, "fusion.deliberate", "use null"),
+    (f"{START}fusion: {{deliberate: {{below: 1.2}}}}\n", 4, "fusion.deliberate.below", "0 to 1"),
+    (f"{START}fusion: {{deliberate: {{views: 1}}}}\n", 4, "fusion.deliberate.views", "2"),
     (f"{START}fusion: {{audit: {{share: 5}}}}\n", 4, "fusion.audit.share", "5% or 0.05"),
     (f"task: embed\n{IMAGE}fusion: {{head: linear}}\n", 4, "fusion.head", "remove head"),
     (f"task: embed\n{IMAGE}fusion: {{exits: [{{after: image, threshold: 1}}]}}\n", 4, "fusion.exits", "remove exits"),
+    (f"task: embed\n{IMAGE}fusion: {{deliberate: {{below: 0.5}}}}\n", 4, "fusion.deliberate", "remove deliberate"),
+    (f"task: embed\n{IMAGE}fusion: {{audit: {{share: 1%}}}}\n", 4, "fusion.audit", "remove audit"),
     # exits
     (f"{EXITS}{{after: image}}\n", 8, "fusion.exits.0.threshold", "missing"),
     (f"{EXITS}{{after: image, treshold: 1}}\n", 8, "fusion.exits.0.treshold", "threshold?"),
@@ -170,7 +173,7 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}runtime: {{batch_size: yes}}\n", 4, "runtime.batch_size", "1 to 512"),
     (f"{START}runtime: {{memory_limit: 4}}\n", 4, "runtime.memory_limit", "10GB"),
     (f"{START}runtime: {{memory_limit: 4 gigs}}\n", 4, "runtime.memory_limit", "10GB"),
-    (f"{START}runtime: {{cache: on}}\n", 4, "runtime.cache", "off"),
+    (f"{START}runtime: {{cache: onn}}\n", 4, "runtime.cache", "off"),
     (f"{START}runtimes: {{}}\n", 4, "runtimes", "did you mean runtime?"),
     (f"{START}runtime: 3\n", 4, "runtime", "schedule"),
     # input, output
@@ -203,7 +206,7 @@ def test_wrong(text: str, line: int | None, path: str, word: str, tmp_path: Path
 
 
 def test_each_unimplemented_value_is_tried() -> None:
-    tried = {path for _, _, path, _ in WRONG} | {"fusion.audit.share"}
+    tried = {path for _, _, path, _ in WRONG}
     assert {pattern.replace("*", "image") for pattern in IMPLEMENTED} <= tried
 
 

@@ -267,4 +267,4 @@ def test_truth_in_jsonl_and_the_result_in_json(call, place):
     (place / "truth.jsonl").write_text("\n".join(lines))
     code, results, _ = fit(call, "jsonl", "--limit", "45", "--json", truth="truth.jsonl")
     assert code == 0
-    assert json.loads(results)["full"]["samples"] == 9
+    assert 8 <= json.loads(results)["full"]["samples"] <= 11  # a fifth of 45, rounded by label

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpipe.media import Ahead
+from mmpipe.media import Ahead, Here
 
 
 def own_threads() -> list[str]:
@@ -56,16 +55,16 @@ def test_in_order_within_the_bound(
 
     got: list[int] = []
     with Ahead(workers, limit, items_ahead=items_ahead) as ahead:
-        results = ahead.map(load, enumerate(costs), lambda item: item[1])
+        queue = ahead.queue(load, lambda item: item[1])
+        queue.put(enumerate(costs))
         for position in range(len(costs)):
             if position == stop_after:
                 break
-            got.append(next(results))
+            got.append(queue.get())
             meter.consumed(costs[position])
         else:
-            with pytest.raises(StopIteration):
-                next(results)
-            assert own_threads() == []
+            with pytest.raises(IndexError):
+                queue.get()
     assert got == list(range(len(costs)))[:stop_after]
     assert not meter.over
     assert meter.most_items <= items_ahead
@@ -76,16 +75,66 @@ def test_it_works_ahead_of_its_consumer() -> None:
     """Four items that wait for each other: only workers side by side get through."""
     together = threading.Barrier(4, timeout=20)
     with Ahead(4, 100) as ahead:
-        assert sorted(ahead.map(lambda _: together.wait(), range(4), lambda _: 1)) == [0, 1, 2, 3]
+        queue = ahead.queue(lambda _: together.wait(), lambda _: 1)
+        queue.put(range(4))
+        assert sorted(queue.get() for _ in range(4)) == [0, 1, 2, 3]
 
 
 def test_no_more_ahead_than_allowed() -> None:
-    taken: list[int] = []
+    started: list[int] = []
     with Ahead(1, 100, items_ahead=3) as ahead:
-        results = ahead.map(lambda item: item, (taken.append(i) or i for i in range(20)), lambda _: 1)  # type: ignore[func-returns-value]
+        queue = ahead.queue(lambda item: item, lambda item: started.append(item) or 1)  # type: ignore[func-returns-value]
+        queue.put(range(20))
         for position in range(5):
-            assert next(results) == position
-            assert len(taken) == position + 3
+            assert queue.get() == position
+            assert len(queue) == 19 - position
+            assert len(started) <= position + 4
+
+
+def test_what_is_asked_for_later_begins_at_once() -> None:
+    go = threading.Event()
+    with Ahead(2, 100) as ahead:
+        queue = ahead.queue(lambda item: go.set() or item, lambda _: 1)
+        assert not queue.ready()  # nothing is to come
+        queue.put([1])
+        assert go.wait(20)  # though nobody has asked for its result
+        while not queue.ready():
+            time.sleep(0.001)
+        queue.put([2, 3])
+        assert [queue.get() for _ in range(3)] == [1, 2, 3]
+
+
+def test_nothing_begins_without_room_until_it_must() -> None:
+    asked: list[bool] = []
+
+    def room(item: int, wait: bool) -> bool:
+        asked.append(wait)
+        return wait
+
+    with Ahead(2, 100) as ahead:
+        queue = ahead.queue(lambda item: item, lambda _: 1, room)
+        queue.put([1, 2])
+        assert not queue.ready()
+        assert True not in asked
+        assert queue.get() == 1
+        assert asked.count(True) == 1
+
+
+def test_queues_share_the_bound_and_none_waits_for_another() -> None:
+    go, began = threading.Event(), []
+
+    def load(cost: int) -> int:
+        began.append(cost)
+        go.wait(20)
+        return cost
+
+    with Ahead(4, 10) as ahead:
+        one, other = ahead.queue(load, lambda cost: cost), ahead.queue(load, lambda cost: cost)
+        one.put([8, 3])
+        other.put([7, 1])
+        go.set()
+        assert ahead.used_bytes == 15  # the first of each, whatever they cost
+        assert [other.get(), other.get(), one.get(), one.get()] == [7, 1, 8, 3]
 
 
 def test_an_item_above_the_bound_goes_alone() -> None:
@@ -100,7 +149,9 @@ def test_an_item_above_the_bound_goes_alone() -> None:
         return cost
 
     with Ahead(3, 10) as ahead:
-        assert list(ahead.map(load, [4, 50, 5], lambda cost: cost)) == [4, 50, 5]
+        queue = ahead.queue(load, lambda cost: cost)
+        queue.put([4, 50, 5])
+        assert [queue.get() for _ in range(3)] == [4, 50, 5]
     assert {50} in seen
     assert all(together == {50} for together in seen if 50 in together)
 
@@ -118,31 +169,17 @@ def test_errors_come_at_their_place_and_the_rest_follows() -> None:
 
     got: list[object] = []
     with Ahead(2, 100) as ahead:
-        results = ahead.map(load, range(6), cost)
-        while True:
+        queue = ahead.queue(load, cost)
+        queue.put(range(6))
+        while len(queue):
             try:
-                got.append(next(results))
-            except StopIteration:
-                break
+                got.append(queue.get())
             except (KeyError, OSError) as error:
                 got.append(type(error))
     assert got == [0, 1, KeyError, 3, OSError, 5]
 
 
-def test_an_iterable_that_fails_does_so_after_what_it_gave() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise RuntimeError("listing broke")
-
-    got: list[int] = []
-    with Ahead(2, 100) as ahead, pytest.raises(RuntimeError, match="listing broke"):
-        got.extend(ahead.map(lambda item: item, items(), lambda _: 1))
-    assert got == [1, 2]
-    assert own_threads() == []
-
-
-@pytest.mark.parametrize("how", ["close", "leave", "interrupt", "drop"])
+@pytest.mark.parametrize("how", ["leave", "interrupt"])
 def test_what_has_not_started_never_does(how: str) -> None:
     started: list[int] = []
     go = threading.Event()
@@ -155,29 +192,53 @@ def test_what_has_not_started_never_does(how: str) -> None:
 
     def interrupted() -> None:
         with Ahead(1, 100, items_ahead=8) as ahead:
-            results = ahead.map(load, range(100), lambda _: 1)
-            assert next(results) == 0
+            queue = ahead.queue(load, lambda _: 1)
+            queue.put(range(100))
+            assert queue.get() == 0
             threading.Timer(0.05, go.set).start()
-            if how == "close":
-                results.close()
-                assert own_threads() == []
-                assert list(results) == []
             if how == "interrupt":
                 raise KeyboardInterrupt
 
-    if how == "drop":
-        ahead = Ahead(1, 100, items_ahead=8)
-        assert next(ahead.map(load, range(100), lambda _: 1)) == 0
-        go.set()
-        until = time.monotonic() + 20
-        while own_threads() and time.monotonic() < until:
-            time.sleep(0.005)
-    elif how == "interrupt":
+    if how == "interrupt":
         with pytest.raises(KeyboardInterrupt):
             interrupted()
     else:
         interrupted()
     assert own_threads() == []
+    assert len(started) <= 2
+
+
+def test_without_threads_each_item_is_loaded_when_it_is_asked_for() -> None:
+    loaded: list[int] = []
+    with Here() as here:
+        queue = here.queue(lambda item: loaded.append(item) or 10 // item, lambda _: 1)  # type: ignore[func-returns-value]
+        queue.put([2, 0, 5])
+        assert loaded == []
+        assert queue.get() == 5
+        assert loaded == [2]
+        with pytest.raises(ZeroDivisionError):
+            queue.get()
+        assert queue.get() == 2
+    assert own_threads() == []
+
+
+def test_what_is_dropped_is_forgotten() -> None:
+    go, started = threading.Event(), []
+
+    def load(item: int) -> int:
+        started.append(item)
+        go.wait(20)
+        return item
+
+    with Ahead(1, 100, items_ahead=3) as ahead:
+        queue = ahead.queue(load, lambda _: 1)
+        queue.put(range(10))
+        assert queue.unstarted() == 7
+        threading.Timer(0.02, go.set).start()
+        queue.drop()
+        assert (len(queue), ahead.used_bytes) == (0, 0)
+        queue.put([77])
+        assert queue.get() == 77
     assert len(started) <= 2
 
 

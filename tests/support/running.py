@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from mmpipe.errors import MediaError
@@ -27,17 +29,39 @@ class Rows:
     """A feed from tensors, which remembers what it was asked for; `broken` (row, modality) fail to open."""
 
     def __init__(self, rows, broken=()):
-        self.rows, self.broken, self.asked = rows, set(broken), []
+        self.rows, self.broken, self.asked, self.closed = rows, set(broken), [], False
 
-    def __call__(self, branch, rows, media):
-        for row in rows:
-            self.asked.append((row, branch))
-            if (row, branch) in self.broken:
-                yield MediaError(branch, "truncated", "ends early")
-            else:
-                slot = media.take()
-                media.fill(slot, {name: self.rows[f"{branch}.{name}"][row] for name in media.tables})
-                yield slot
+    def open(self, branch, media):
+        return Source(self, branch, media)
+
+    def close(self):
+        self.closed = True
+
+
+class Source:
+    def __init__(self, feed, branch, media):
+        self.feed, self.branch, self.media, self.waiting = feed, branch, media, deque()
+
+    def put(self, rows):
+        self.waiting.extend(rows)
+
+    def ready(self):
+        return bool(self.waiting) and self.media.has_free()
+
+    def get(self):
+        row = self.waiting.popleft()
+        self.feed.asked.append((row, self.branch))
+        if (row, self.branch) in self.feed.broken:
+            return MediaError(self.branch, "truncated", "ends early")
+        slot = self.media.take()
+        self.media.fill(slot, {name: self.feed.rows[f"{self.branch}.{name}"][row] for name in self.media.tables})
+        return slot
+
+    def unstarted(self):
+        return len(self.waiting)
+
+    def drop(self):
+        self.waiting.clear()
 
 
 def executor(specs, thresholds, *, rows=8, device=None, watches=None, **placed):

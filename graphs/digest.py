@@ -1,0 +1,63 @@
+"""A graph → a hash of what it computes: its operations and its tensors, whatever they are called.
+
+Names depend on what else was fused beside a segment; what it computes does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def digest(module: fx.GraphModule) -> bytes:
+    """Equal for two modules that have the same operations in the same order, on tensors of the same bytes."""
+    total = hashlib.sha256()
+    number: dict[fx.Node, int] = {}
+
+    def plain(value: Any) -> str:
+        """An argument, with nodes by their number."""
+        if isinstance(value, fx.Node):
+            return f"%{number[value]}"
+        if isinstance(value, list | tuple):
+            return f"({', '.join(map(plain, value))})"
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{key}: {plain(item)}' for key, item in value.items())}}}"
+        if isinstance(value, slice):
+            return f"slice{plain((value.start, value.stop, value.step))}"
+        return repr(value)
+
+    for node in module.graph.nodes:
+        target = ""
+        if node.op == "get_attr":
+            target = _of_tensor(attrgetter(node.target)(module))
+        elif node.op == "call_module":
+            inner = module.get_submodule(node.target)
+            target = digest(inner).hex() if isinstance(inner, fx.GraphModule) else f"{inner!r} {_of_state(inner)}"
+        elif node.op in ("call_function", "call_method"):
+            target = node.target if isinstance(node.target, str) else _of_function(node.target)
+        elif node.op == "placeholder":
+            target = str(len(number))  # inputs are told apart by their place
+        total.update(f"{node.op} {target} {plain(node.args)} {plain(dict(node.kwargs))}\n".encode())
+        number[node] = len(number)
+    return total.digest()
+
+
+def _of_function(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+
+
+def _of_tensor(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{tuple(value.shape)} {value.dtype} {hashlib.sha256(data).hexdigest()}"
+
+
+def _of_state(module: torch.nn.Module) -> str:
+    return " ".join(f"{name} {_of_tensor(value)}" for name, value in module.state_dict().items())

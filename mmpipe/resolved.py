@@ -1,0 +1,46 @@
+"""What every `auto` of `runtime` became, and the plan that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mmpipe.graphs.plan import Plan
+from mmpipe.graphs.schedule import place
+
+Kind = Literal["batch", "call"]  # many samples, for throughput; or one, for latency
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Every `auto`, decided: value and reason. Nothing changes the configuration afterwards."""
+
+    device: str
+    dtype: str
+    backend: str
+    schedule: str
+    streams: str  # how steps are laid on streams: a name of schedule.LAYOUTS
+    batch_size: int
+    lanes: int
+    slots: int
+    threads: int  # of each stream that computes
+    decode_workers: int
+    memory_limit: int  # bytes
+    cache: str
+    memory: Mapping[str, int]  # bytes: weights, slots, media, scratch, host, workspaces, decoding
+    reasons: Mapping[str, str]
+    measured: Mapping[str, float] = field(default_factory=dict)  # "parallel" → seconds a bucket, where it was measured
+
+
+def placed(plan: Plan, resolved: Resolved) -> Plan:
+    """The plan scheduled, laid out in memory and proved, as it was resolved."""
+    return place(
+        plan,
+        rows=resolved.batch_size,
+        layout=resolved.streams,
+        lanes=resolved.lanes,
+        slots=resolved.slots,
+        parallel=resolved.schedule == "parallel",
+        restores=[b.name for b in plan.branches if resolved.cache == "on" and plan.restorable(b.name)],
+    )

@@ -325,13 +325,14 @@ def fit(
     epochs: Annotated[int, typer.Option(min=1, help="At most; training stops when it no longer helps.")] = 60,
     limit: Annotated[int | None, typer.Option(min=1, help="Only N labelled samples, drawn at random.")] = None,
     set_: SetOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="Progress as JSON lines, the result as JSON.")] = False,
 ) -> None:
     """Train the head, and the exits' probes, on labelled media: head.safetensors, config.yaml, fit.html.
 
     Runs the encoders once over all samples, and trains on what they say. The configuration needs encoders; its head may
     have no checkpoint, and labels that are not there come from the truth file. config.yaml is ready to run.
     """
-    with _reporting():
+    with _reporting(as_json=json_):
         from mmpipe.fitting.request import Request
 
         request = Request.of(
@@ -341,7 +342,7 @@ def fit(
         from mmpipe.fitting.run import run_fit
         from mmpipe.jobs.progress import for_stream
 
-        for line in run_fit(request, listing, for_stream()):
+        for line in run_fit(request, listing, for_stream(as_json=json_), as_json=json_):
             _print(line)
 
 

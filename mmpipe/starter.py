@@ -191,7 +191,7 @@ encoders:
 {encoders}
 
 fusion:
-  head: zero_shot                     # compares each item with the labels, in these sentences
+  head: zero_shot                     # compares each item with the labels, in these sentences; `mmpipe fit` trains one
   modalities:
 {prompts}
 

@@ -247,9 +247,8 @@ def _fusion(config: Config) -> Iterator[Problem]:
     for modality, settings in fusion.modalities.items():
         path = f"fusion.modalities.{modality}"
         if fusion.head != "zero_shot":
-            yield Problem(
-                path, f"modalities hold settings of zero_shot, and the head is {fusion.head}", "remove modalities"
-            )
+            message = f"modalities hold settings of zero_shot, and the head is {fusion.head}"
+            yield Problem(path, message, "remove modalities", trained=True)
         elif modality not in config.encoders:
             yield Problem(path, f"there is no {modality} encoder", f"encoders: {', '.join(config.encoders)}")
         for index, prompt in enumerate(settings.prompts):

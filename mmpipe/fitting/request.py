@@ -13,6 +13,7 @@ from mmpipe.errors import InputError
 from mmpipe.jobs.output import refuse
 from mmpipe.listing import input_root
 from mmpipe.media.manifest import read_manifest
+from mmpipe.starter import BLANK_LABELS
 from mmpipe.truth import read_truth
 
 LEAST = 3  # labelled samples of each label: one each to train on, to choose by, to measure with
@@ -59,7 +60,10 @@ class Request:
         if config.fusion.checkpoint is not None:
             notes.append("fusion.checkpoint is not read: fit makes a new one")
         refuse(output, "new", inside=input_root(config, input))
-        labels = config.all_labels or truth_labels(truth)
+        labels = config.all_labels
+        if not labels or labels == BLANK_LABELS:
+            labels = truth_labels(truth)
+            notes.append(f"the configuration has no labels: taking the {len(labels)} of {truth.name}")
         return cls(config, labels, read_truth(truth, labels), output, seed, epochs, limit, tuple(notes))
 
 

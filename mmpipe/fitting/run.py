@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from mmpipe.media import Listing
 from mmpipe.types import Sample
 
 
-def run_fit(request: Request, listing: Listing, progress: Progress) -> Iterator[str]:
+def run_fit(request: Request, listing: Listing, progress: Progress, *, as_json: bool = False) -> Iterator[str]:
     """Fit and write; yields the lines to print. Nothing is written before all is done.
 
     Raises ConfigError, InputError, ModelError, OutputError; MmpipeError where the head can't be trained.
@@ -46,6 +47,9 @@ def run_fit(request: Request, listing: Listing, progress: Progress) -> Iterator[
         write_head(folder, fitted, labels, embedded.dims)
         (folder / REPORT).write_text(render(told), encoding="utf-8")
         write_config(folder, request.config, fitted, labels, _worth(measured, split, request.seed))
+    if as_json:
+        yield json.dumps(words.as_json(measured), ensure_ascii=False)
+        return
     yield words.summary(measured)
     yield f"\nwrote {folder}\nuse it: mmpipe run {folder / CONFIG} --input FOLDER\nreport: {folder / REPORT}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmpipe.fitting.measuring import Compared, Measured, Score
 from mmpipe.jobs.markup import listed
 
@@ -25,6 +27,24 @@ def verdict(measured: Measured) -> str:
 def against(one: Compared) -> str:
     """+3.1 points; only one of the two right: 23 to 9."""
     return f"{one.better} to {one.worse}, p = {one.p_value:.2g}" if one.better + one.worse else "the same answers"
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """What `--json` prints: counts on the test part."""
+
+    def plain(score: Score) -> dict[str, Any]:
+        return {"right": score.right, "samples": score.count, "interval": list(score.interval)}
+
+    return {
+        "full": plain(measured.full),
+        "balanced_accuracy": measured.balanced,
+        "with_exits": plain(measured.with_exits),
+        "baselines": {one.name: plain(one.score) | {"only_head_right": one.better, "only_baseline_right": one.worse}
+                      for one in measured.baselines},
+        "subsets": {one.name: plain(one.score) for one in measured.subsets},
+        "exits": {one.name: {"threshold": one.threshold, "gated": one.gated, "left": one.left, "differ": one.differ}
+                  for one in measured.exits},
+    }  # fmt: skip
 
 
 def summary(measured: Measured) -> str:

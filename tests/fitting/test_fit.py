@@ -52,6 +52,10 @@ def write_truth(path, rows):
     return path
 
 
+def rows_of(place):
+    return list(csv.reader((place / "truth.csv").read_text().splitlines()))[1:]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, weights):
     """A folder with media, truth.csv and fit.yaml: no labels, no checkpoint, exits of every kind."""
@@ -111,7 +115,7 @@ def test_what_is_written_runs_and_knows_the_labels(fitted, place, call):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["labels"] == LABELS
     assert not any(os.path.isabs(encoder["weights"]) for encoder in config["encoders"].values())
-    truth = dict(csv.reader((place / "truth.csv").open()))
+    truth = dict(rows_of(place))
     code, _, told = call("run", "done/config.yaml", "--input", "media", "--output", "predicted", "--json")
     assert code == 0, told
     with Pipeline.load(folder / "config.yaml") as pipeline:
@@ -161,17 +165,13 @@ def test_a_label_with_markup_and_a_config_without_fusion(call, place, weights):
     made = shop.config(weights)
     del made["labels"], made["fusion"]
     shop.write(place / "bare.yaml", made)
-    rows = [(id_, label.replace("grey", "<b>grey</b>: no")) for id_, label in csv.reader((place / "truth.csv").open())]
-    write_truth(place / "odd.csv", rows[1:])
+    odd = [(id_, label.replace("grey", "<b>grey</b>: no")) for id_, label in rows_of(place)]
+    write_truth(place / "odd.csv", odd)
     code, _, told = fit(call, "odd", config="bare.yaml", truth="odd.csv")
     assert code == 0, told
     assert "names no head: fitting a transformer" in told
     assert "<b>grey" not in (place / "odd/fit.html").read_text()
     assert call("check", "odd/config.yaml", "--input", "media")[0] == 0
-
-
-def rows_of(place):
-    return list(csv.reader((place / "truth.csv").open()))[1:]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,19 @@ def test_labels_that_the_configuration_lacks_and_ids_that_the_input_lacks(call, 
     assert code == 0, told
     assert "30 of 90 samples have no label" in told
     assert "1 labels are of ids that the input doesn't have (gone)" in told
+
+
+def test_the_configuration_that_init_writes(call, place, weights):
+    made = shop.config(weights, labels=["first label", "second label"])
+    made["fusion"] = {"head": "zero_shot", "modalities": {"text": {"prompts": ["{}"]}}}
+    shop.write(place / "init.yaml", made)
+    code, _, told = fit(call, "init", config="init.yaml")
+    assert code == 2
+    assert "--set fusion.head=transformer" in told
+    code, _, told = fit(call, "init", "--set", "fusion.head=transformer", config="init.yaml")
+    assert code == 0, told
+    assert "taking the 3 of truth.csv" in told
+    assert yaml.safe_load((place / "init/config.yaml").read_text())["labels"] == LABELS
 
 
 def test_bad_usage(call, place):
@@ -249,7 +262,9 @@ def test_ctrl_c_writes_nothing(place):
     assert not (place / "cut").exists()
 
 
-def test_json_is_not_broken_by_a_truth_in_jsonl(call, place):
+def test_truth_in_jsonl_and_the_result_in_json(call, place):
     lines = [json.dumps({"id": id_, "label": label}) for id_, label in rows_of(place)]
     (place / "truth.jsonl").write_text("\n".join(lines))
-    assert fit(call, "jsonl", "--limit", "45", truth="truth.jsonl")[0] == 0
+    code, results, _ = fit(call, "jsonl", "--limit", "45", "--json", truth="truth.jsonl")
+    assert code == 0
+    assert 8 <= json.loads(results)["full"]["samples"] <= 11  # a fifth of 45, rounded by label

@@ -187,7 +187,9 @@ class NoteNet(nn.Module):
         x_BCF = self.stem(x_BMF)
         for layer in self.layers:
             x_BCF = layer(x_BCF)
-        weights_B1F = self.attention(x_BCF).softmax(dim=-1)
+        # as `self.attention(x_BCF)`; but with one output channel oneDNN treats the last rows of a small batch apart
+        scores_B1F = (x_BCF * self.attention.weight).sum(dim=1, keepdim=True) + self.attention.bias
+        weights_B1F = scores_B1F.softmax(dim=-1)
         return cast(Tensor, self.out((x_BCF * weights_B1F).sum(dim=-1)))
 
     def forward(self, samples: Tensor) -> Tensor:

@@ -159,7 +159,8 @@ def test_two_runs_and_any_number_of_decode_workers_write_the_same_bytes(weights,
     written = []
     with Pipeline.load(config) as pipeline:
         for number, workers in enumerate((1, 1, 5)):
-            pipeline.resolved = replace(pipeline.resolved, decode_workers=workers)
+            pipeline.runners._resolved["batch"] = replace(pipeline.resolved, decode_workers=workers)
+            pipeline.runners._began = True
             out = tmp_path / f"out{number}"
             pipeline.run_folder(folder, out)
             written.append({part.name: part.read_bytes() for part in (out / "predictions").iterdir()})

@@ -227,7 +227,8 @@ def core_fingerprint(
         "head": config.fusion.head,
         "options": dict(config.fusion.options),
         "prompts": {str(name): one.model_dump(mode="json") for name, one in config.fusion.modalities.items()},
-        "preparations": {name: dict(one) for name, one in preparations.items()},
+        # an entry that says nothing is as one that isn't there: a later mmpipe may know more entries
+        "preparations": {name: {k: v for k, v in one.items() if v != {}} for name, one in preparations.items()},
         "text_models": [encoder.model for encoder in config.encoders.values()] if zero_shot else [],
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))

@@ -45,6 +45,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key: runtime.batch_size=8. May be repeated."),
 ]
 
+# what calibrate leaves aside: what was certified before, and embeddings from a cache, which would seem to cost nothing
+_AFRESH = ("fusion.calibration=null", "runtime.cache=off")
+
 
 def main() -> None:
     """Entry point: errors become one message and an exit code, never a traceback."""
@@ -300,7 +303,7 @@ def calibrate(
     A packaged configuration that brings held-out scores is calibrated on them, unless there is --input.
     """
     with _reporting():
-        loaded = _load(config, [*(set_ or []), "fusion.calibration=null"])
+        loaded = _load(config, [*(set_ or []), *_AFRESH])
         from mmpipe.calibrating.request import Request
 
         request = Request.of(loaded, max_disagreement, certainty, truth, output, limit)

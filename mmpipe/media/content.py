@@ -8,8 +8,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from mmpipe.errors import MediaError
 from mmpipe.media.decode import is_file, opened
 from mmpipe.media.limits import Limits
@@ -46,7 +44,7 @@ def content_of(modality: str, source: Any, limits: Limits = Limits()) -> Content
             return _of_file(modality, source, limits)
         if modality == "audio" and isinstance(source, tuple) and len(source) == 2:
             sound, rate = source
-            plain = isinstance(rate, int | float | np.number)
+            plain = isinstance(rate, int | float) or hasattr(rate, "dtype")
             return _of_array(sound, f"sound {float(rate)}".encode()) if plain else None
         return _of_array(source, b"array")
     except MediaError:
@@ -84,6 +82,8 @@ def _of_file(modality: str, source: Any, limits: Limits) -> Content | None:
 def _of_array(source: Any, kind: bytes) -> Content | None:
     if hasattr(source, "detach") and hasattr(source, "numpy"):  # a tensor: torch is not imported here
         source = source.detach().cpu().numpy()
+    import numpy as np  # not needed where samples are only found
+
     if not isinstance(source, np.ndarray) or source.dtype.hasobject:
         return None
     about = f"{source.dtype.str} {source.shape}".encode()

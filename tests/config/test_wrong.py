@@ -105,7 +105,6 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f'{START}fusion: {{modalities: {{image: {{prompts: ["a"]}}}}}}\n', 4, "fusion.modalities.image.prompts.0", "{}"),
     (f"{START}fusion: {{modalities: {{image: {{weight: 0}}}}}}\n", 4, "fusion.modalities.image.weight", "above 0"),
     (f"{START}fusion: {{confidence: entropie}}\n", 4, "fusion.confidence", "did you mean entropy?"),
-    (f"{START}fusion: {{calibration: c.json}}\n", 4, "fusion.calibration", "use null"),
     (f"{START}fusion: {{deliberate: {{below: 1.2}}}}\n", 4, "fusion.deliberate.below", "0 to 1"),
     (f"{START}fusion: {{deliberate: {{views: 1}}}}\n", 4, "fusion.deliberate.views", "2"),
     (f"{START}fusion: {{audit: {{share: 5}}}}\n", 4, "fusion.audit.share", "5% or 0.05"),

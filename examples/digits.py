@@ -148,9 +148,9 @@ def fitted(folder: Path, seed: int, exits: bool) -> dict[str, tuple[int, int]]:
     return {name: (score["right"], score["samples"]) for name, score in scores.items()}
 
 
-def table(runs: Sequence[Mapping[str, tuple[int, int]]]) -> str:
+def table(runs: Sequence[Mapping[str, tuple[int, int]]], seeds: Sequence[int]) -> str:
     """Accuracy by seed; and by how much the fused head is above each baseline, paired by seed, 95% by Student's t."""
-    lines = [f"{'':<26}" + "".join(f"{f'seed {i}':>8}" for i in range(len(runs))) + f"{'mean':>8}  fused above it by"]
+    lines = [f"{'':<26}" + "".join(f"{f'seed {i}':>8}" for i in seeds) + f"{'mean':>8}  fused above it by"]
     for name in runs[0]:
         shares = [100 * run[name][0] / run[name][1] for run in runs]
         above = ""
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (SpeechMissing, ImportError) as error:
         print(f"digits.py: {error}: pip install 'mmpipe[all,demo,test]'", file=sys.stderr)
         return 2
-    print(table(runs))
+    print(table(runs, options.seeds))
     return 0
 
 

@@ -146,6 +146,7 @@ def _exits(told: Told) -> str:
 
 def _training(told: Told) -> str:
     result = told.fitted.result
+    first = 0 if told.fitted.kind == "transformer" else 1  # the transformer's history begins with its start
     if len(result.history) < 2:
         words_ = "This head has one best answer, found by regression: there are no epochs to show."
         return section("training", "Training", tag("p", words_))
@@ -160,18 +161,20 @@ def _training(told: Told) -> str:
         points = " L".join(f"{i * step:.1f} {_HIGH * (1 - value / top):.1f}" for i, value in enumerate(values))
         drawn.append(f'<path class="{kind} line" d="M{points}"><title>{name}</title></path>')
     drawn.append(f'<path class="mark" d="M{result.best_epoch * step:.1f} 0V{_HIGH:.0f}"><title>kept</title></path>')
-    title = f"Losses over {len(result.history)} epochs; epoch {result.best_epoch + 1} was kept"
+    title = f"Losses over {len(result.history)} epochs; epoch {result.best_epoch + first} was kept"
     svg = tag("svg", f"<title>{title}</title>" + "".join(drawn), cls="curve", role="img", aria_label=title,
               viewBox=f"-6 -6 {_WIDE + 12:.0f} {_HIGH + 12:.0f}")  # fmt: skip
     legend = tag("p", "".join(_chip(1 - i, f"{name}, 0 to {top:.2f}") for i, name in enumerate(lines)), cls="legend")
-    axis = tag("p", tag("span", "epoch 1") + tag("span", f"epoch {len(result.history)}"), cls="ticks")
+    axis = tag(
+        "p", tag("span", f"epoch {first}") + tag("span", f"epoch {len(result.history) - 1 + first}"), cls="ticks"
+    )
     rows = [
-        [f"{i + 1}", f"{e.training_loss:.4f}", f"{e.validation_loss:.4f}", f"{e.validation_accuracy:.1%}"]
+        [f"{i + first}", f"{e.training_loss:.4f}", f"{e.validation_loss:.4f}", f"{e.validation_accuracy:.1%}"]
         for i, e in enumerate(result.history)
     ]
     numbers = table(["epoch", "#training loss", "#validation loss", "#validation accuracy"], rows)
     intro = (
-        f"Mean cross entropy over every subset of modalities. Epoch {result.best_epoch + 1}, the dashed line, lost "
+        f"Mean cross entropy over every subset of modalities. Epoch {result.best_epoch + first}, the dashed line, lost "
         "least on the validation part, and stays. Each label weighs the same, however rare it is."
     )
     return section(

@@ -261,7 +261,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2000, help="for flat memory; 0 leaves it out")
     options = parser.parse_args()
     keep_freed_memory()  # else the same executor made twice differs by a tenth: arenas of threads
-    with Pipeline.load(options.config, say=print) as pipeline:
+    # every pass computes: what is known from the pass before would cost nothing
+    with Pipeline.load(options.config, overrides=["runtime.cache=off"], say=print) as pipeline:
         given = pipeline.config.input.folder is not None
         samples = list(pipeline.find().samples)[: options.samples] if given else made_up(pipeline, options.samples)
         for rows in options.rows:

@@ -13,6 +13,7 @@ RUNTIME = {f"mmpipe/runtime/{name}.py" for name in ("streams", "cuda", "device",
 ALLOWED = {
     ("mmpipe/runtime/executor.py", ".synchronize"): "asks each stream to end, through streams.Stream",
     ("mmpipe/media/ahead.py", "concurrent.futures"): "decoders: files and the host's memory, no device",
+    ("mmpipe/media/ahead.py", "threading"): "decoders' turns: how many may take a core",
     ("mmpipe/feed.py", "threading"): "a lock around what decoders count; who has the same medium waits for its decoder",
     ("mmpipe/cache/store.py", "threading"): "a lock: decoders look up at once",
     ("mmpipe/cache/disk.py", "threading"): "a lock: decoders share one connection",

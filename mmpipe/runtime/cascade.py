@@ -30,7 +30,7 @@ class Cascade(Running):
         self.stage_of: dict[int, Stage] = {}  # lane → the stage that its run is of
         self.moved = False  # rows have gone from one stage to another, or out
         while self._take_in():
-            self._take_answers()
+            self.finish_ended()
             if self.passages[0].finished():
                 passage = self.passages.popleft()
                 self.begun.remove(passage.shard)
@@ -52,11 +52,6 @@ class Cascade(Running):
             self.begun.append(shard)
             self.passages.append(Passage(self, shard, last))
 
-    def _take_answers(self) -> None:
-        """Finish the runs that have ended."""
-        while self.flying and self.flying[0].ended():
-            self.finish(self.flying.popleft())
-
     def _submit_full(self) -> bool:
         """Submit one run, if a bucket is full. Whether anything has come of it, if only that rows have moved on."""
         self.moved = False
@@ -76,7 +71,7 @@ class Cascade(Running):
                     if stage.wait():
                         return
         if self.flying:
-            self.finish(self.flying.popleft())
+            self.finish_one()
             return
         for passage in self.passages:
             for stage in reversed(passage.stages):

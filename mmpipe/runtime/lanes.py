@@ -20,7 +20,7 @@ from mmpipe.graphs.backends import Lowered
 from mmpipe.graphs.plan import PRESENCE, Plan, StagePlan, Step
 from mmpipe.runtime.ledger import Span
 from mmpipe.runtime.pool import Pool
-from mmpipe.runtime.streams import Event, Run, Stream
+from mmpipe.runtime.streams import Event, HostEvent, Run, Stream
 
 Deliver = Callable[[Sequence[Any], Mapping[str, Tensor]], None]
 
@@ -259,6 +259,15 @@ class Lane:
         """Whether every step has ended, so that `end` need not wait."""
         assert self.work is not None
         return all(self.events[name].done() for name in self.work.stage_plan.ends if name in self.events)
+
+    def pause(self, seconds: float) -> None:
+        """Wait for the run's end, but no longer than this. Of lanes that have streams of their own."""
+        assert self.work is not None
+        for name in self.work.stage_plan.ends:
+            event = self.events.get(name)
+            if isinstance(event, HostEvent) and not event.done():
+                event.pause(seconds)
+                return
 
     def end(self) -> list[Span]:
         """Wait for every step; the lane is free again. Raises StepFailed."""

@@ -31,6 +31,16 @@ class Look:
     labels: list[int]
     confidences: list[float]
 
+    def in_order(self) -> Look:
+        """By row: which bucket was gated first depends on the clock."""
+        order = sorted(range(len(self.rows)), key=self.rows.__getitem__)
+        return Look(
+            self.exit_index,
+            [self.rows[place] for place in order],
+            [self.labels[place] for place in order],
+            [self.confidences[place] for place in order],
+        )
+
 
 @dataclass(frozen=True)
 class Span:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Done = Callable[[Shard], None]
 
+_LOOK_SECONDS = 0.001  # how often to see whether a younger run has ended before the oldest
+
 
 class Running:
     """One run of an executor, over one shard or many."""
@@ -54,12 +56,27 @@ class Running:
         self.slots.give_back(shard.slot_of.pop(row))
 
     def lane(self) -> Lane:
-        """A free lane: the oldest run is finished first when all are in flight."""
+        """A free lane: a run is finished first when all are in flight."""
         if len(self.flying) == len(self.executor.lanes):
-            self.finish(self.flying.popleft())
+            self.finish_one()
         lane = next(lane for lane in self.executor.lanes if lane.run is None)
         self.flying.append(lane)
         return lane
+
+    def finish_one(self) -> None:
+        """Finish one run: of lanes with streams of their own the one that ends first, else the oldest."""
+        while self.plan.own_streams and not self.finish_ended():
+            self.flying[0].pause(_LOOK_SECONDS)
+        if not self.plan.own_streams:
+            self.finish(self.flying.popleft())
+
+    def finish_ended(self) -> bool:
+        """Finish the runs that have ended; whether there were any."""
+        ended = [lane for lane in self.flying if lane.ended()]
+        for lane in ended:
+            self.flying.remove(lane)
+            self.finish(lane)
+        return bool(ended)
 
     def land(self) -> None:
         """Finish every run in flight, the oldest first."""

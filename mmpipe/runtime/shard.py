@@ -91,6 +91,6 @@ class Shard:
 
     def outcome(self) -> Outcome:
         """What became of the rows, when all have been done with."""
-        looks = [self.looks[number] for number in sorted(self.looks)]
+        looks = [self.looks[number].in_order() for number in sorted(self.looks)]
         self.ledger.outcome.looks = [look for look in looks if look.rows]
         return self.ledger.close()

@@ -112,6 +112,10 @@ class HostEvent:
         if self.run.failed is not None:
             raise self.run.failed
 
+    def pause(self, seconds: float) -> None:
+        """The host waits, but no longer than this."""
+        self._there.wait(seconds)
+
     def mark(self) -> None:
         self._there.set()
 

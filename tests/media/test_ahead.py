@@ -104,6 +104,32 @@ def test_what_is_asked_for_later_begins_at_once() -> None:
         assert [queue.get() for _ in range(3)] == [1, 2, 3]
 
 
+def test_half_of_the_threads_rest_while_the_consumer_has_enough() -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    def load(item: int) -> int:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.002)
+        with lock:
+            now[0] -= 1
+        return item
+
+    with Ahead(4, 1000, items_ahead=100) as ahead:
+        queue = ahead.queue(load, lambda _: 1)
+        queue.put(range(8))
+        assert [queue.get() for _ in range(8)] == list(range(8))  # it waits: all four
+        assert most[0] > 2
+        ahead.hungry(False)
+        most[0] = 0
+        queue.put(range(20))
+        while len([f for f, _ in queue._started if f.done()]) < 20:
+            time.sleep(0.001)
+        assert most[0] <= 2
+        assert [queue.get() for _ in range(20)] == list(range(20))
+
+
 def test_nothing_begins_without_room_until_it_must() -> None:
     asked: list[bool] = []
 
@@ -234,6 +260,7 @@ def test_what_is_dropped_is_forgotten() -> None:
         queue = ahead.queue(load, lambda _: 1)
         queue.put(range(10))
         assert queue.unstarted() == 7
+        ahead.hungry(False)
         threading.Timer(0.02, go.set).start()
         queue.drop()
         assert (len(queue), ahead.used_bytes) == (0, 0)

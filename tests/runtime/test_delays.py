@@ -107,6 +107,70 @@ def test_random_delays_change_no_bit(name):
     plain.close()
 
 
+@pytest.mark.parametrize("name", ["modalities", "depths", "an input that is needed again", "no exits"])
+def test_shards_that_overlap_change_no_bit(name):
+    """Each shard is what it is alone, and they come in order; of their media none is asked for twice."""
+    specs, thresholds = CONFIGS[name]
+    plain, _ = executor(specs, thresholds)
+    shards = [(batch(count, seed=count), [(1, "text"), (2, "image")]) for count in (27, 3, 1, 40, 9, 0, 16)]
+    want = [plain.run(rows[PRESENCE], Rows(rows, broken)) for rows, broken in shards]
+    for place in PLACES:
+        runner, _ = executor(specs, thresholds, device=SlowDevice(), **place)
+        poison(runner)
+        feeds = [Rows(rows, broken) for rows, broken in shards]
+        made = (runner.shard(rows[PRESENCE], feed) for (rows, _), feed in zip(shards, feeds, strict=True))
+        got = []
+        runner.run_all(made, got.append)
+        for one, other in zip(want, got, strict=True):
+            the_same(one, other)
+            assert [(look.rows, look.labels) for look in one.looks] == [
+                (look.rows, look.labels) for look in other.looks
+            ]
+        assert all(len(feed.asked) == len(set(feed.asked)) for feed in feeds)
+        assert all(state == "free" for media in runner.media.values() for state in media.states)
+        runner.close()
+    plain.close()
+
+
+def test_the_next_shard_is_decoded_while_the_last_one_is_computed():
+    runner, _ = executor(MODALITY_EXITS, [2.0, 2.0], lanes=1)
+    rows, ended, early = batch(16), [], []
+    rows[PRESENCE][:] = True
+
+    class Watched(Rows):
+        def open(self, branch, media):
+            source = super().open(branch, media)
+            get = source.get
+
+            def seen():
+                if self is feeds[1] and not ended:
+                    early.append(branch)
+                return get()
+
+            source.get = seen
+            return source
+
+    feeds = [Watched(rows), Watched(rows)]
+    runner.run_all((runner.shard(rows[PRESENCE], feed) for feed in feeds), lambda outcome: ended.append(outcome))
+    assert "image" in early
+    assert len(ended) == 2
+    runner.close()
+
+
+def test_buckets_are_full_but_for_the_last_of_a_stage():
+    runner, _ = executor(MODALITY_EXITS, [0.3, 0.3], lanes=2, slots=128)
+    shards = [batch(100, seed=seed) for seed in range(4)]
+    fill = {}
+    runner.run_all(
+        (runner.shard(rows[PRESENCE], Rows(rows)) for rows in shards),
+        lambda outcome: [fill.setdefault((id(outcome), s.step), []).append(s.rows) for s in outcome.spans],
+    )
+    for (_, step), rows in fill.items():
+        if ":" not in step:
+            assert sum(count < 8 for count in rows) <= 1, (step, rows)
+    runner.close()
+
+
 def _fails_and_goes_on(runner, rows, broken, want):
     """A segment fails in the middle of a run: it is named, and the next run is as if nothing had been."""
     work = runner.works[-1][0]

@@ -24,6 +24,7 @@ from mmpipe.jobs.output import claimed, writing
 from mmpipe.jobs.progress import Progress, Silent
 from mmpipe.jobs.report import write_report
 from mmpipe.jobs.tally import Tally
+from mmpipe.jobs.worth import worth_of
 from mmpipe.media import Limits, Listing
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Prediction, Sample
@@ -237,6 +238,7 @@ def _run_json(
     parts = {
         name: round(spent.pop(name, 0.0), 4) for name in ("decode", "waiting", "fuse", "write")
     }  # decode: core-seconds on the workers; waiting: the model's, for media; fuse: load, capture, fuse, cut
+    worth, bucket = worth_of(tally), int(settings.resolved["batch_size"])
     return {
         "rows": tally.rows,
         "status": {name: tally.status[name] for name in ("ok", "partial", "failed")},
@@ -252,6 +254,11 @@ def _run_json(
             **parts,
             "segments": {name: round(value, 4) for name, value in sorted(spent.items())},
         },
+        "buckets": {
+            name: {"count": count, "fill": round(tally.in_buckets[name] / (count * bucket), 4)}
+            for name, count in sorted(tally.buckets.items())
+        },
+        "exits": None if worth is None else worth.report(),
         "deliberated": {"rows": tally.deliberated, "changed": tally.changed, "seconds": round(again, 4)},
         "audit": None if audit is None else audit.report(),
         "errors": dict(tally.errors.most_common()),
@@ -260,5 +267,10 @@ def _run_json(
         "resolved": dict(settings.resolved),
         "fingerprints": dict(fingerprints),
         "versions": dict(settings.versions),
-        "notes": [*settings.notes, *(audit.notes if audit is not None else ()), *tally.notes],
+        "notes": [
+            *settings.notes,
+            *(audit.notes if audit is not None else ()),
+            *tally.notes,
+            *([worth.note()] if worth is not None and not worth.pays else ()),
+        ],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,6 +64,9 @@ class Tally:
     files_opened: Counter[str] = field(default_factory=Counter)
     recalled: Counter[str] = field(default_factory=Counter)  # modality → embeddings that were known
     missed: Counter[str] = field(default_factory=Counter)  # modality → embeddings that were looked up in vain
+    decoding: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # modality → seconds on workers
+    buckets: Counter[str] = field(default_factory=Counter)  # segment → runs
+    in_buckets: Counter[str] = field(default_factory=Counter)  # segment → rows in them
     notes: list[str] = field(default_factory=list)  # what the runs had to say, each once
     present: Counter[str] = field(default_factory=Counter)
     by_label: dict[str, Counter[str]] = field(default_factory=dict)  # label → exit → rows
@@ -92,6 +95,12 @@ class Tally:
             self._show(shown)
         for name, seconds in outcome.seconds.items():
             self.spend(name, seconds)
+        for decoding in outcome.decodings:
+            self.decoding[decoding.branch] += decoding.end - decoding.start
+        for span in outcome.spans:
+            if ":" not in span.step:
+                self.buckets[span.step] += 1
+                self.in_buckets[span.step] += span.rows
         self.files_opened.update(outcome.files_opened)
         self.recalled.update(outcome.recalled)
         self.missed.update(outcome.missed)

@@ -24,7 +24,7 @@ from mmpipe.types import Prediction, Sample
 
 if TYPE_CHECKING:
     from mmpipe.jobs.job import Summary
-    from mmpipe.jobs.tally import Shown, Step
+from mmpipe.jobs.tally import Shown, Step
 
 _FAILURES = 8  # lines; the report has more
 _OTHERS = 50  # files that are neither media nor hidden: lines of `check`
@@ -112,8 +112,10 @@ def _opened(summary: Summary) -> str:
 
 
 def _checks(run: Mapping[str, Any]) -> Iterator[str]:
-    """What a second look changed, and what the audit found; nothing where there was neither."""
-    again, audit = run.get("deliberated") or {}, run.get("audit")
+    """What exits brought, what a second look changed, what the audit found; nothing where there was none."""
+    exits, again, audit = run.get("exits"), run.get("deliberated") or {}, run.get("audit")
+    if exits:
+        yield exits["told"]
     if again.get("rows"):
         yield f"looked again at {again['rows']:,}: {again['changed']:,} got another label, {again['seconds']:.1f} s"
     if audit and audit["chosen"]:

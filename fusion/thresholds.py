@@ -33,6 +33,7 @@ class Exits:
     differs_EN: Bools  # the exit's label is not the full pipeline's
     gated_EN: Bools  # the exit brought this sample something new, and its confidence is a number
     cost_FN: Floats  # seconds of a sample that leaves there, all that came before included
+    whole_N: Floats | None = None  # seconds of a sample in a pipeline without exits; None: as one that leaves at none
 
     def rows(self, chosen_N: Rows) -> Exits:
         return Exits(
@@ -41,6 +42,7 @@ class Exits:
             self.differs_EN[:, chosen_N],
             self.gated_EN[:, chosen_N],
             self.cost_FN[:, chosen_N],
+            None if self.whole_N is None else self.whole_N[chosen_N],
         )
 
     @property
@@ -58,12 +60,16 @@ class Exits:
 
     def outcome(self, thresholds_KE: Floats) -> tuple[Rows, Floats]:
         """At each point [K]: the samples whose early answer is not the full pipeline's, out of all N; and the share of
-        the full pipeline's seconds that leaving early saves."""
+        the full pipeline's seconds that leaving early saves, less than nothing where the looks cost more."""
         at_KN = self.leaving(thresholds_KE)
         errors_K: Rows = np.take_along_axis(self.differs_FN(), at_KN, axis=0).sum(axis=1)
         spent_K: Floats = np.take_along_axis(self.cost_FN, at_KN, axis=0).sum(axis=1)
-        whole = float(self.cost_FN[-1].sum())
+        whole = float(self.without().sum())
         return errors_K, 1.0 - spent_K / whole if whole else np.zeros(len(thresholds_KE))
+
+    def without(self) -> Floats:
+        """[N]: seconds of each sample without exits."""
+        return self.cost_FN[-1] if self.whole_N is None else self.whole_N
 
     def differs_FN(self) -> Bools:
         return np.concatenate([self.differs_EN, np.zeros((1, self.count), dtype=bool)])

@@ -158,7 +158,7 @@ def _calibration(
     temperatures: dict[str, float],
 ) -> Calibration:
     test = certified.exits.rows(certified.split.test)
-    full_s = float(test.cost_FN[-1].mean()) if test.count else 0.0
+    full_s = float(test.without().mean()) if test.count else 0.0
     # An exit that nobody leaves at stays where others follow: without it these would gate samples that were not tested.
     last = max((e for e, one in enumerate(told) if one.threshold is not None), default=-1)
     exits = tuple(

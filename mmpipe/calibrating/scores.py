@@ -51,14 +51,22 @@ class Scores:
     def sequences(self) -> Iterator[tuple[tuple[str, ...], ...]]:
         """The sequences of exits to choose from: for each order of the modalities, `after` of each exit.
 
+        With all that an order has, and with only some: an exit that few leave at costs everyone a look of the head.
         Depth exits of the encoder that comes first come before it, those of the head after all.
         """
         depths = [name for name in self.logits if ".layer" in name]
-        of_head = sorted((name for name in depths if name.startswith("head.")), key=_layer)
+        of_head = tuple((name,) for name in sorted((d for d in depths if d.startswith("head.")), key=_layer))
+        seen: set[tuple[tuple[str, ...], ...]] = set()
         for order in itertools.permutations(self.modalities):
-            first = sorted((name for name in depths if name.startswith(f"{order[0]}.")), key=_layer)
+            first = tuple((name,) for name in sorted((d for d in depths if d.startswith(f"{order[0]}.")), key=_layer))
             prefixes = [order[:length] for length in range(1, len(order))]
-            yield (*((name,) for name in first), *prefixes, *((name,) for name in of_head))
+            for count in range(len(prefixes), -1, -1):
+                for kept in itertools.combinations(prefixes, count):
+                    sequence = (*first, *kept, *of_head)
+                    same = tuple(tuple(sorted(after)) for after in sequence)
+                    if same not in seen:
+                        seen.add(same)
+                        yield sequence
 
     def subset(self, after: Sequence[str]) -> str:
         """The name under which an exit's logits stand."""
@@ -89,11 +97,12 @@ class Scores:
             gated_EN.append(gated_N)
             cost_FN.append(self._cost(after, looks_N))
         cost_FN.append(self._cost(self.modalities, looks_N + 1))
+        whole_N = self._cost(self.modalities, np.ones(self.count))
         names = tuple("+".join(after) for after in sequence)
         if not names:
             nothing = np.empty((0, self.count))
-            return Exits((), nothing, nothing.astype(bool), nothing.astype(bool), np.stack(cost_FN))
-        return Exits(names, *map(np.stack, (confidence_EN, differs_EN, gated_EN, cost_FN)))
+            return Exits((), nothing, nothing.astype(bool), nothing.astype(bool), np.stack(cost_FN), whole_N)
+        return Exits(names, *map(np.stack, (confidence_EN, differs_EN, gated_EN, cost_FN)), whole_N)
 
     def has(self, modalities: Sequence[str]) -> Bools:
         """[N]: whether a sample has any of these."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import json
 import shutil
 
@@ -60,7 +62,7 @@ def looks_of(weights, folder, exits):
 @pytest.mark.parametrize("order", [("image", "text"), ("text", "audio"), ("audio", "image")])  # all subsets, all firsts
 def test_scores_of_every_order_are_what_the_pipelines_exits_compute(weights, folder, scored, order):
     scores, ids = scored
-    sequence = next(s for s in scores.sequences() if next(after for after in s if len(after) == 2) == order)
+    sequence = next(s for s in scores.sequences() if order in s and order[:1] in s)  # with all that the order has
     at_zero = [{"after": list(after), "threshold": 0.0} for after in sequence]
     looks = looks_of(weights, folder, at_zero)
     exits = scores.exits(sequence, {}, "max_probability")
@@ -279,3 +281,18 @@ def test_scores_of_another_model_are_refused(tmp_path, monkeypatch):
     assert "scores of another model" in done.output
     assert "--input" in done.output
     assert not (tmp_path / "calibration.json").exists()
+
+
+def test_an_exit_that_is_not_worth_its_looks_may_be_left_out(scored):
+    scores, _ = scored
+    sequences = list(scores.sequences())
+    assert len(sequences) == len(set(sequences))
+    modalities = [tuple(after for after in s if ".layer" not in after[0]) for s in sequences]
+    assert (("image",), ("image", "text")) in modalities
+    assert (("image",),) in modalities
+    assert (("image", "text"),) in modalities
+    assert () in modalities
+    dear = replace(scores, seconds={**scores.seconds, "head": 100.0})
+    exits = dear.exits(sequences[0], {}, "max_probability")
+    assert (exits.without() < exits.cost_FN[-1]).all()  # without exits the head looks once
+    assert (exits.outcome(np.full((1, len(exits.names)), np.inf))[1] < 0).all()

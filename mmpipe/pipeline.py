@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,18 +17,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch.fx import GraphModule
 
 from mmpipe import media
-from mmpipe.answers import FULL, Answers, Weighed
-from mmpipe.budget import decoding_bytes
+from mmpipe.answers import FULL
 from mmpipe.build import Built, build, not_bound
 from mmpipe.calibrated import mismatch
 from mmpipe.config import Config, load
-from mmpipe.deliberating import Deliberation
+from mmpipe.engine import Done, Engine, Wish
 from mmpipe.errors import InputError
-from mmpipe.feed import Feed
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
@@ -41,11 +37,10 @@ from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
 from mmpipe.observing import Observer
 from mmpipe.placing import device_of
-from mmpipe.recalling import Recalling
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
-from mmpipe.runtime.shard import Shard
+from mmpipe.runtime.shard import Answered
 from mmpipe.types import MODALITIES, Prediction, Sample
 
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
@@ -75,8 +70,7 @@ class Pipeline:
                 self._built = build(config, say=say, without_exits=reason)
             self.runners = Runners(config, self._built, device)
             self.runners.resolved()
-        self._deliberation = Deliberation.configured(config, self._built, self._limits)
-        self._recalling = Recalling(config, self._built, self._limits, self.runners)
+        self._engine = Engine(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
 
     def _not_calibrated_for(self) -> str:
@@ -269,7 +263,7 @@ class Pipeline:
         kind: Kind = "batch",
         cached: bool = True,
         deliberate: bool | None = None,
-        answered: Callable[[int], None] = lambda count: None,
+        answered: Answered = lambda count: None,
     ) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of the run, of each row's first look. `answered` is told of
         progress.
@@ -277,120 +271,17 @@ class Pipeline:
         `kind`: which of the pipeline's plans runs it. `deliberate` None: as configured where exits are on; without
         exits it is the full pipeline, which looks once. `cached` False: all is computed, whatever is known.
         """
+        wish = Wish(kind=kind, exits=exits, cached=cached, deliberate=deliberate, embeddings=embeddings)
         with self._lock:
-            outcome = self._executed(samples, kind, exits, cached, answered)
-            return self._answered(samples, outcome, kind, exits, embeddings, deliberate, cached), outcome
+            return self._engine.run(samples, wish, answered)
 
     def run_shards(
-        self,
-        shards: Iterable[Sequence[Sample]],
-        done: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
-        *,
-        answered: Callable[[int], None] = lambda count: None,
+        self, shards: Iterable[Sequence[Sample]], done: Done, *, answered: Answered = lambda count: None
     ) -> None:
         """As `run` for one shard after the other, but the next one begins before the last has ended. `done` gets each
-        when it has been answered, in order; it must not use the pipeline."""
+        (samples, predictions, outcome) when it has been answered, in order; it must not use the pipeline."""
         with self._lock:
-            if self._deliberation is not None:  # it runs the same plan again, which a shard in flight is using
-                for samples in shards:
-                    done(samples, *self.run(samples, answered=answered))
-                return
-            self._execute(
-                shards,
-                "batch",
-                True,
-                True,
-                answered,
-                lambda samples, outcome: done(samples, self._answered(samples, outcome), outcome),
-            )
-
-    def _answered(
-        self,
-        samples: Sequence[Sample],
-        outcome: Outcome,
-        kind: Kind = "batch",
-        exits: bool = True,
-        embeddings: bool | None = None,
-        deliberate: bool | None = None,
-        cached: bool = True,
-    ) -> list[Prediction]:
-        """The predictions of a run; samples that it was unsure of are looked at again, where that is configured."""
-        weighed: Mapping[int, Weighed] = {}
-        if exits:
-            self.runners.count(outcome)
-        if self._deliberation is not None and (exits if deliberate is None else deliberate):
-            last = len(self.plan.exits) - 1
-            weighed = self._deliberation.of(
-                samples, outcome, last, lambda views: self._executed(views, kind, False, cached)
-            )
-        configured = self.config.output.embeddings or self.config.task == "embed"
-        answers = Answers(
-            labels=self.labels,
-            dims=self._dims,
-            exits=tuple(exit_.name for exit_ in self.plan.exits),
-            top_k=self.config.output.top_k,
-            probabilities=self.config.output.probabilities,
-            embeddings=configured if embeddings is None else embeddings,
-        )
-        return answers.of(samples, outcome, weighed)
-
-    def _executed(
-        self,
-        samples: Sequence[Sample],
-        kind: Kind,
-        exits: bool,
-        cached: bool,
-        answered: Callable[[int], None] = lambda count: None,
-    ) -> Outcome:
-        """Run samples through a plan; whoever calls has the lock."""
-        found: list[Outcome] = []
-        self._execute([samples], kind, exits, cached, answered, lambda samples, outcome: found.append(outcome))
-        return found[0]
-
-    def _execute(
-        self,
-        shards: Iterable[Sequence[Sample]],
-        kind: Kind,
-        exits: bool,
-        cached: bool,
-        answered: Callable[[int], None],
-        done: Callable[[Sequence[Sample], Outcome], None],
-    ) -> None:
-        """Run shards through a plan, the next one beginning before the last has ended; `done` gets them in order."""
-        executor = self.runners.executor(kind, exits)
-        plan, columns = executor.plan, list(self._built.preparations)
-        recall = self._recalling.of(kind, executor) if cached else None
-        flying: deque[tuple[Sequence[Sample], Feed]] = deque()
-
-        def shard_of(samples: Sequence[Sample]) -> Shard:
-            feed = Feed(samples, self._built.preparations, plan, self._limits, ahead, recall=recall)
-            flying.append((samples, feed))
-            present_NM = torch.tensor(
-                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
-            ).reshape(len(samples), len(columns))
-            names = [sample.id for sample in samples]
-            return executor.shard(present_NM, feed, names=names, answered=answered, computed=feed.computed)
-
-        def hand_on(outcome: Outcome) -> None:
-            samples, feed = flying.popleft()
-            outcome.seconds["decode"] = feed.core_seconds
-            outcome.decodings = feed.spans
-            outcome.missed = dict(feed.missed)
-            if recall is not None:
-                recall.store.flush()
-                outcome.notes += recall.store.notes()
-            done(samples, outcome)
-
-        rows = plan.stage_plans[0].rows
-        room = decoding_bytes(self.resolved.memory_limit)
-        alone = kind == "call" and len(plan.stage_plans) > 1
-        # two buckets ahead: one that is read next, and one that is being decoded meanwhile
-        with media.Here() if alone else media.Ahead(self.resolved.decode_workers, room, items_ahead=2 * rows) as ahead:
-            try:
-                executor.run_all(map(shard_of, shards), hand_on)
-            finally:
-                if recall is not None:
-                    recall.store.flush()
+            self._engine.run_shards(shards, done, answered)
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -413,8 +304,7 @@ class Pipeline:
     def close(self) -> None:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""
         with self._lock:
-            self.runners.close()
-            self._recalling.close()
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -151,6 +151,9 @@ class Stage:
             if segment.branch != HEAD:
                 earlier = None if before is None else before.supplies[len(self.supplies)]
                 self.supplies.append(Supply(run, self, segment, earlier))
+        # branches on streams of their own are side by side within one run: it waits for a bucket of each
+        (steps,) = (s.steps for s in run.plan.stage_plans if number in s.stages)
+        self._together = len({step.stream for step in steps if step.does == "run" and step.branch != HEAD}) > 1
         self._waiting: deque[int] = deque()  # for their media
         self._ready: deque[int] = deque()  # for the head
         self._passed: deque[tuple[int, int]] = deque()  # (serial, row): past it when the runs before have landed
@@ -177,6 +180,8 @@ class Stage:
             supply.collect()
         self._check()
         last = make_do or self.complete()
+        if self._together and not make_do and not all(s.has_bucket(last) or s.idle() for s in self.supplies):
+            return False
         return any(supply.has_bucket(last) for supply in self.supplies) or self._head_has_bucket(last)
 
     def wait(self) -> bool:

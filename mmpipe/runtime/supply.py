@@ -75,6 +75,10 @@ class Supply:
         most = max(len(self._fed.rows), len(self._restored.rows))
         return most >= self.run.bucket or (last and most > 0 and not self._asked and not self._to_ask)
 
+    def idle(self) -> bool:
+        """Whether it has no row to wait for."""
+        return not (self._fed.rows or self._restored.rows or self._asked or self._to_ask)
+
     def take(self, last: bool) -> Rows:
         """A bucket of rows to compute, if there is one; and all that are known, up to a bucket of them."""
         count, taken = self.run.bucket, Rows()

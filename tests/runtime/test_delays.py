@@ -157,6 +157,28 @@ def test_the_next_shard_is_decoded_while_the_last_one_is_computed():
     runner.close()
 
 
+def test_branches_on_streams_of_their_own_run_side_by_side():
+    """A bucket of each in one run, though one branch's media are there before another's."""
+    runner, _ = executor([], [], layout="branches", lanes=1)
+    rows = batch(16)
+    rows[PRESENCE][:] = True
+
+    class Late(Rows):
+        def open(self, branch, media):
+            source = super().open(branch, media)
+            if branch == "audio":
+                source.ready = lambda: False
+            return source
+
+    outcome = runner.run(rows[PRESENCE], Late(rows))
+    runs = {}
+    for span in outcome.spans:
+        runs.setdefault(span.run, set()).add(span.step)
+    together = {"image@0", "text@0", "audio@0"}
+    assert [together & steps for steps in runs.values() if together & steps] == [together, together]
+    runner.close()
+
+
 def test_buckets_are_full_but_for_the_last_of_a_stage():
     runner, _ = executor(MODALITY_EXITS, [0.3, 0.3], lanes=2, slots=128)
     shards = [batch(100, seed=seed) for seed in range(4)]

@@ -1,0 +1,146 @@
+"""Samples → predictions, by a built pipeline's plans: opened, decoded, run, looked at again where unsure, told.
+
+    samples ─► Feed ─► executor ─► Outcome ─► (views of the unsure ─► executor) ─► Answers ─► predictions
+
+Not safe for several threads: the pipeline's lock is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmpipe import media
+from mmpipe.answers import Answers, Weighed
+from mmpipe.budget import decoding_bytes
+from mmpipe.build import Built
+from mmpipe.config import Config
+from mmpipe.deliberating import Deliberation
+from mmpipe.feed import Feed
+from mmpipe.recalling import Recalling
+from mmpipe.resolved import Kind
+from mmpipe.runners import Runners
+from mmpipe.runtime.ledger import Outcome
+from mmpipe.runtime.shard import Answered, Shard
+from mmpipe.types import Prediction, Sample
+
+Done = Callable[[Sequence[Sample], list[Prediction], Outcome], None]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How samples are to be run. kind: by which of the pipeline's plans. exits False: the full pipeline.
+
+    deliberate None: as configured where exits are on; the full pipeline looks once. cached False: all is computed,
+    whatever is known. embeddings None: as configured.
+    """
+
+    kind: Kind = "batch"
+    exits: bool = True
+    cached: bool = True
+    deliberate: bool | None = None
+    embeddings: bool | None = None
+
+
+class Engine:
+    """Runs what a configuration was built into."""
+
+    def __init__(self, config: Config, built: Built, limits: media.Limits, runners: Runners) -> None:
+        self.config, self.built, self.limits, self.runners = config, built, limits, runners
+        self.deliberation = Deliberation.configured(config, built, limits)
+        self.recalling = Recalling(config, built, limits, runners)
+
+    def run(self, samples: Sequence[Sample], wish: Wish, answered: Answered) -> tuple[list[Prediction], Outcome]:
+        """One shard: predictions in order, and the trace of each row's first look. `answered` is told of progress."""
+        outcome = self._outcome(samples, wish, answered)
+        return self._told(samples, outcome, wish), outcome
+
+    def run_shards(self, shards: Iterable[Sequence[Sample]], done: Done, answered: Answered) -> None:
+        """As `run` for one shard after the other; `done` gets each, in order."""
+        wish = Wish()
+        if self.deliberation is not None:  # it runs the same plan again, which a shard in flight would be using
+            for samples in shards:
+                done(samples, *self.run(samples, wish, answered))
+            return
+        self._execute(
+            shards, wish, answered, lambda samples, outcome: done(samples, self._told(samples, outcome, wish), outcome)
+        )
+
+    def close(self) -> None:
+        """Give back executors and the cache; they are made again when they are needed."""
+        self.runners.close()
+        self.recalling.close()
+
+    def _told(self, samples: Sequence[Sample], outcome: Outcome, wish: Wish) -> list[Prediction]:
+        """The predictions of a run; samples that it was unsure of are looked at again, where that is asked for."""
+        exits = self.runners.plan().exits
+        weighed: Mapping[int, Weighed] = {}
+        if wish.exits:
+            self.runners.count(outcome)
+        if self.deliberation is not None and (wish.exits if wish.deliberate is None else wish.deliberate):
+            again = Wish(kind=wish.kind, exits=False, cached=wish.cached)
+            weighed = self.deliberation.of(
+                samples, outcome, len(exits) - 1, lambda views: self._outcome(views, again, lambda count: None)
+            )
+        output = self.config.output
+        embeddings = output.embeddings or self.config.task == "embed" if wish.embeddings is None else wish.embeddings
+        answers = Answers(
+            labels=self.built.labels,
+            dims={name: preparation.dim for name, preparation in self.built.preparations.items()},
+            exits=tuple(exit_.name for exit_ in exits),
+            top_k=output.top_k,
+            probabilities=output.probabilities,
+            embeddings=embeddings,
+        )
+        return answers.of(samples, outcome, weighed)
+
+    def _outcome(self, samples: Sequence[Sample], wish: Wish, answered: Answered) -> Outcome:
+        found: list[Outcome] = []
+        self._execute([samples], wish, answered, lambda samples, outcome: found.append(outcome))
+        return found[0]
+
+    def _execute(
+        self,
+        shards: Iterable[Sequence[Sample]],
+        wish: Wish,
+        answered: Answered,
+        done: Callable[[Sequence[Sample], Outcome], None],
+    ) -> None:
+        """Run shards through a plan, the next one beginning before the last has ended; `done` gets them in order."""
+        executor = self.runners.executor(wish.kind, wish.exits)
+        plan, columns = executor.plan, list(self.built.preparations)
+        recall = self.recalling.of(wish.kind, executor) if wish.cached else None
+        flying: deque[tuple[Sequence[Sample], Feed]] = deque()
+
+        def shard_of(samples: Sequence[Sample]) -> Shard:
+            feed = Feed(samples, self.built.preparations, plan, self.limits, ahead, recall=recall)
+            flying.append((samples, feed))
+            present_NM = torch.tensor(
+                [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
+            ).reshape(len(samples), len(columns))
+            names = [sample.id for sample in samples]
+            return executor.shard(present_NM, feed, names=names, answered=answered, computed=feed.computed)
+
+        def hand_on(outcome: Outcome) -> None:
+            samples, feed = flying.popleft()
+            outcome.seconds["decode"] = feed.core_seconds
+            outcome.decodings = feed.spans
+            outcome.missed = dict(feed.missed)
+            if recall is not None:
+                recall.store.flush()
+                outcome.notes += recall.store.notes()
+            done(samples, outcome)
+
+        resolved, rows = self.runners.resolved(), plan.stage_plans[0].rows
+        alone = wish.kind == "call" and len(plan.stage_plans) > 1
+        # two buckets ahead: one that is read next, and one that is being decoded meanwhile
+        several = media.Ahead(resolved.decode_workers, decoding_bytes(resolved.memory_limit), items_ahead=2 * rows)
+        with media.Here() if alone else several as ahead:
+            try:
+                executor.run_all(map(shard_of, shards), hand_on)
+            finally:
+                if recall is not None:
+                    recall.store.flush()

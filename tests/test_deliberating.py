@@ -144,7 +144,7 @@ def test_nothing_at_all(again):
 def test_an_answer_that_is_no_number_is_not_looked_at_again(again, samples):
     _, outcome = again.run(samples, deliberate=False)
     outcome.confidence_N = torch.full_like(outcome.confidence_N, float("nan"))
-    assert again._deliberation.of(samples, outcome, 2, lambda views: pytest.fail("looked again")) == {}
+    assert again._engine.deliberation.of(samples, outcome, 2, lambda views: pytest.fail("looked again")) == {}
 
 
 def test_views_whose_answer_is_no_number_are_dropped(again, samples):
@@ -155,7 +155,7 @@ def test_views_whose_answer_is_no_number_are_dropped(again, samples):
         seen.exit_N = torch.full_like(seen.exit_N, -1)
         return seen
 
-    assert again._deliberation.of(samples, outcome, 2, broken) == {}
+    assert again._engine.deliberation.of(samples, outcome, 2, broken) == {}
 
 
 def test_a_job_counts_what_a_second_look_did(again, tmp_path):

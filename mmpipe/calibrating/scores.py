@@ -102,7 +102,8 @@ class Scores:
         if not names:
             nothing = np.empty((0, self.count))
             return Exits((), nothing, nothing.astype(bool), nothing.astype(bool), np.stack(cost_FN), whole_N)
-        return Exits(names, *map(np.stack, (confidence_EN, differs_EN, gated_EN, cost_FN)), whole_N=whole_N)
+        confidences, differ, gated, costs = map(np.stack, (confidence_EN, differs_EN, gated_EN, cost_FN))
+        return Exits(names, confidences, differ, gated, costs, whole_N)
 
     def has(self, modalities: Sequence[str]) -> Bools:
         """[N]: whether a sample has any of these."""

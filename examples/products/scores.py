@@ -3,7 +3,7 @@
     python examples/products/scores.py configs/quickstart/scores.safetensors
 
 makes 4,000 items of a seed that nothing else uses, runs quickstart over their files with every exit held shut, and
-writes what the head says of each set of modalities. About five minutes on two cores. The scores are of the models as
+writes what the head says of each set of modalities. About a minute on two cores. The scores are of the models as
 they are now: another model refuses them, so run this again after training.
 """
 

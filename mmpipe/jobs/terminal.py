@@ -24,7 +24,7 @@ from mmpipe.types import Prediction, Sample
 
 if TYPE_CHECKING:
     from mmpipe.jobs.job import Summary
-from mmpipe.jobs.tally import Shown, Step
+    from mmpipe.jobs.tally import Shown, Step
 
 _FAILURES = 8  # lines; the report has more
 _OTHERS = 50  # files that are neither media nor hidden: lines of `check`

@@ -136,7 +136,7 @@ class Passage:
 
     def finished(self) -> bool:
         last = len(self.stages) - 1
-        return self.complete(last) and self.stages[last].empty()
+        return self.complete(last) and self.stages[last].empty() and not self.run.in_flight(self.shard)
 
 
 class Stage:

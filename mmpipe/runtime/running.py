@@ -32,6 +32,8 @@ class Running:
         self.slots = SlotRows(executor.plan.slots)
         self.feeders = {executor.plan.feeder(branch.name).name for branch in executor.plan.branches}
         self.heads = [segment for segment in executor.plan.segments if segment.branch == HEAD]
+        # lanes with streams of their own end in any order; who watches sees buckets in the order of the rows
+        self.any_order = executor.plan.own_streams and not executor.watches
         self.flying: deque[Lane] = deque()
         self.shard_of: dict[int, Shard] = {}  # lane → whose rows its run has
         self.begun: list[Shard] = []  # and not yet handed on
@@ -64,19 +66,26 @@ class Running:
         return lane
 
     def finish_one(self) -> None:
-        """Finish one run: of lanes with streams of their own the one that ends first, else the oldest."""
-        while self.plan.own_streams and not self.finish_ended():
+        """Finish one run: the one that ends first, or the oldest where runs end in order."""
+        while self.any_order and not self.finish_ended():
             self.flying[0].pause(_LOOK_SECONDS)
-        if not self.plan.own_streams:
+        if not self.any_order:
             self.finish(self.flying.popleft())
 
     def finish_ended(self) -> bool:
         """Finish the runs that have ended; whether there were any."""
-        ended = [lane for lane in self.flying if lane.ended()]
-        for lane in ended:
-            self.flying.remove(lane)
-            self.finish(lane)
-        return bool(ended)
+        before = len(self.flying)
+        for lane in list(self.flying):
+            if lane.ended():
+                self.flying.remove(lane)
+                self.finish(lane)
+            elif not self.any_order:
+                break
+        return len(self.flying) < before
+
+    def in_flight(self, shard: Shard) -> bool:
+        """Whether a run with rows of this shard has not been finished."""
+        return any(self.shard_of[lane.number] is shard for lane in self.flying)
 
     def land(self) -> None:
         """Finish every run in flight, the oldest first."""

@@ -72,16 +72,17 @@ def poison(runner):
         memory.fill_(0xFF)
 
 
-def the_same(one, other):
+def the_same(one, other, speculated=False):
     assert torch.equal(one.exit_N, other.exit_N)
     assert torch.equal(one.confidence_N, other.confidence_N)
     assert torch.equal(one.present_NM, other.present_NM)
     assert torch.equal(one.opened_NM, other.opened_NM)
     if one.probabilities_NL is not None:
         assert torch.equal(one.probabilities_NL, other.probabilities_NL)
-    assert not (one.embedded_NM & ~other.embedded_NM).any()  # speculation may have computed more
+    if not speculated:  # `one` by a cascade: what it needed is there, whatever else was computed in vain
+        assert not (one.embedded_NM & ~other.embedded_NM).any()
     for name, table in one.embeddings.items():
-        rows = one.embedded_NM[:, ORDER.index(name)]
+        rows = (one.embedded_NM & other.embedded_NM)[:, ORDER.index(name)]
         assert torch.equal(table[rows], other.embeddings[name][rows])
 
 
@@ -258,7 +259,7 @@ def test_an_interrupt_leaves_a_runner_that_works():
 
         with pytest.raises(KeyboardInterrupt):
             runner.run(rows[PRESENCE], Interrupts(rows))
-        the_same(want, runner.run(rows[PRESENCE], Rows(rows)))
+        the_same(want, runner.run(rows[PRESENCE], Rows(rows)), speculated=place["parallel"])
         runner.close()
 
 

@@ -6,17 +6,15 @@ render ─► header · risk against saving · exits · reliability · classes �
 
 from __future__ import annotations
 
-import os
-import tempfile
-from importlib import resources
 from pathlib import Path
 
 from mmpipe.calibrating import words
 from mmpipe.calibrating.certifying import Result, Told
 from mmpipe.errors import OutputError
 from mmpipe.jobs import charts
-from mmpipe.jobs.markup import count, escape, percent, seconds, table, tag, user
+from mmpipe.jobs.markup import count, document, escape, percent, seconds, table, tag, user
 from mmpipe.jobs.report_sections import section
+from mmpipe.jobs.shards import replacing
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _COLOURS = 8  # x0 to x7 of the report's style
@@ -27,33 +25,21 @@ _WIDE, _HIGH = 1000.0, 300.0  # units of the curve's drawing
 def write_page(path: Path, result: Result, title: str) -> None:
     """Write the report to `path`, which appears whole or not at all. OutputError where it can't."""
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(render(result, title))
-        os.chmod(temporary, 0o644)  # a temporary file is its owner's alone
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(render(result, title), encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror or error}") from error
 
 
 def render(result: Result, title: str) -> str:
     """The whole document."""
-    style = "".join(
-        resources.files(package).joinpath(name).read_text(encoding="utf-8")
-        for package, name in (("mmpipe.jobs", "report.css"), ("mmpipe.calibrating", "page.css"))
+    return document(
+        f"{title} – mmpipe calibrate",
+        (_header(result, title), _curve(result), _exits(result), _reliability(result), _classes(result)),
+        _footer(result),
+        policy=_POLICY,
+        styles=(("mmpipe.jobs", "report.css"), ("mmpipe.calibrating", "page.css")),
     )
-    head = (
-        '<meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        '<meta name="robots" content="noindex">'
-        f"<title>{escape(title)} – mmpipe calibrate</title><style>{style}</style>"
-    )
-    parts = (_header(result, title), _curve(result), _exits(result), _reliability(result), _classes(result))
-    body = "\n".join(part for part in parts if part)
-    content = f"<head>{head}</head>\n<body><main>{body}</main>\n{_footer(result)}</body>"
-    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
 
 
 def _chip(index: int, name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 from mmpipe.fitting import words
 from mmpipe.fitting.embedding import Embedded
@@ -16,7 +15,7 @@ from mmpipe.fitting.measuring import BINS, Measured, Reliability
 from mmpipe.fitting.splitting import Split
 from mmpipe.fitting.training import MAX_DISAGREEMENT, Fitted
 from mmpipe.jobs import charts
-from mmpipe.jobs.markup import count, escape, number, percent, seconds, table, tag, user
+from mmpipe.jobs.markup import count, document, escape, number, percent, seconds, table, tag, user
 from mmpipe.jobs.report_sections import section
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -41,23 +40,21 @@ class Told:
 
 def render(told: Told) -> str:
     """The whole document."""
-    style = "".join(
-        resources.files(package).joinpath(name).read_text(encoding="utf-8")
-        for package, name in (("mmpipe.jobs", "report.css"), ("mmpipe.fitting", "page.css"))
+    return document(
+        f"{told.title} – mmpipe fit",
+        (
+            _header(told),
+            _baselines(told),
+            _subsets(told),
+            _exits(told),
+            _training(told),
+            _confusion(told),
+            _reliability(told),
+        ),
+        _footer(told),
+        policy=_POLICY,
+        styles=(("mmpipe.jobs", "report.css"), ("mmpipe.fitting", "page.css")),
     )
-    head = (
-        '<meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        '<meta name="robots" content="noindex">'
-        f"<title>{escape(told.title)} – mmpipe fit</title><style>{style}</style>"
-    )
-    parts = (_header(told), _baselines(told), _subsets(told), _exits(told), _training(told), _confusion(told),
-             _reliability(told))  # fmt: skip
-    body = "\n".join(part for part in parts if part)
-    content = f"<head>{head}</head>\n<body><main>{body}</main>\n{_footer(told)}</body>"
-    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
 
 
 def _chip(index: int, name: str) -> str:

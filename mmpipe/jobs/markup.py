@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable
+from importlib import resources
 from typing import Any
 
 CUT = 200  # characters of a user's text that are shown
@@ -35,6 +36,22 @@ def tag(name: str, content: str = "", **attributes: Any) -> str:
         if value is not None
     )
     return f"<{name}{written}>{content}</{name}>"
+
+
+def document(title: str, body: Iterable[str], footer: str, *, policy: str, styles: Iterable[tuple[str, str]]) -> str:
+    """A whole page: the parts of `body` that there are, after the styles (package, file) in their order."""
+    style = "".join(resources.files(package).joinpath(name).read_text(encoding="utf-8") for package, name in styles)
+    head = (
+        '<meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        '<meta name="robots" content="noindex">'
+        f"<title>{escape(title)}</title><style>{style}</style>"
+    )
+    parts = "\n".join(part for part in body if part)
+    content = f"<head>{head}</head>\n<body><main>{parts}</main>\n{footer}</body>"
+    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, cls: str | None = None) -> str:

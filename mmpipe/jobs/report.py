@@ -10,12 +10,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmpipe.jobs import report_cards, report_checks, report_sections
-from mmpipe.jobs.markup import count, escape, number, percent, seconds, table, tag, user
+from mmpipe.jobs.markup import count, document, escape, number, percent, seconds, table, tag, user
 from mmpipe.jobs.media_cells import MediaCells
 from mmpipe.media import Limits
 
@@ -51,18 +50,9 @@ def write_report(
 
 def page(tally: Tally, run: Mapping[str, Any], *, title: str, cells: MediaCells) -> str:
     """The whole document."""
-    style = resources.files("mmpipe.jobs").joinpath("report.css").read_text(encoding="utf-8")
-    head = (
-        '<meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        '<meta name="robots" content="noindex">'
-        f"<title>{escape(title)} – mmpipe report</title><style>{style}</style>"
-    )
-    body = "\n".join(
-        part
-        for part in (
+    return document(
+        f"{title} – mmpipe report",
+        (
             _header(tally, run, title),
             report_sections.exits(tally),
             report_cards.stories(tally, cells),
@@ -73,11 +63,11 @@ def page(tally: Tally, run: Mapping[str, Any], *, title: str, cells: MediaCells)
             report_sections.time(run),
             report_sections.failures(tally),
             report_cards.samples(tally, cells),
-        )
-        if part
+        ),
+        _footer(run),
+        policy=_POLICY,
+        styles=(("mmpipe.jobs", "report.css"),),
     )
-    content = f"<head>{head}</head>\n<body><main>{body}</main>\n{_footer(run)}</body>"
-    return f'<!doctype html>\n<html lang="en">{content}</html>\n'
 
 
 def headline(tally: Tally) -> str:

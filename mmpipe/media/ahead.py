@@ -56,8 +56,22 @@ class Ahead:
     def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
         """Put one item on the threads; they are started with the first."""
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="mmpipe-ahead")
+            self._threads = self._started()
         return self._threads.submit(self._in_turn, load, item)
+
+    def _started(self) -> ThreadPoolExecutor:
+        """The threads, each of which computes alone: a second team of OpenMP threads in a process of more threads than
+        cores makes libgomp put every team to sleep between two operations (a fifth of a large model's time)."""
+        import torch  # `mmpipe check` reads folders with this package, and needs no torch
+
+        computing = torch.get_num_threads()
+        begun = threading.Barrier(self.workers + 1)
+        threads = ThreadPoolExecutor(self.workers, "mmpipe-ahead", initializer=_alone)
+        for _ in range(self.workers):
+            threads.submit(begun.wait)
+        begun.wait()
+        torch.set_num_threads(computing)  # of MKL's threads there is one number for all
+        return threads
 
     def hungry(self, is_so: bool) -> None:
         """The consumer waits, or doesn't: while it has enough, half of the threads leave the cores to it (with two
@@ -89,6 +103,14 @@ class Ahead:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _alone() -> None:
+    """This thread computes without others. Asked first: torch sets a thread's number when it first needs it, again."""
+    import torch
+
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 class Here(Ahead):

@@ -210,6 +210,7 @@ def _do(work: Work, run: Run, step: str, stream: str) -> None:
 
 def _work(tasks: queue.SimpleQueue[Work | None], threads: int) -> None:
     """The worker's life. It holds the queue alone, so that a stream that nobody holds can be ended."""
+    torch.get_num_threads()  # else the first operation would set the number again, to what another thread has
     torch.set_num_threads(threads)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         while (task := tasks.get()) is not None:

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -273,3 +274,22 @@ def test_what_is_dropped_is_forgotten() -> None:
 def test_wrong_bounds(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="workers"):
         Ahead(wrong[0], wrong[1], items_ahead=wrong[2])
+
+
+def test_its_threads_compute_alone_and_the_consumer_as_before() -> None:
+    """A team of OpenMP threads beside the consumer's would slow each of its operations down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Ahead(2, 100) as ahead:
+
+            def threads(item: int) -> int:
+                torch.randn(100_000).exp()  # the first operation of a thread sets its number anew
+                return torch.get_num_threads()
+
+            queue = ahead.queue(threads, lambda item: 1)
+            queue.put(range(8))
+            assert [queue.get() for _ in range(8)] == [1] * 8
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

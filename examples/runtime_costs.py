@@ -27,7 +27,7 @@ from mmpipe.explain.collect import made_up
 from mmpipe.fusion.checkpoint import load_head, read_checkpoint
 from mmpipe.fusion.heads import ZeroShotHead
 from mmpipe.graphs import memory
-from mmpipe.graphs.backends import lower
+from mmpipe.graphs.backends import Target, lower
 from mmpipe.graphs.check import check
 from mmpipe.graphs.plan import PRESENCE, Plan
 from mmpipe.loading import keep_freed_memory
@@ -41,7 +41,9 @@ T_95 = {20: 1.729, 30: 1.699, 40: 1.685}  # one-sided, pairs - 1 degrees of free
 
 
 def executor(pipeline: Pipeline, plan: Plan, threads: int, watches: dict[str, Watch] | None = None) -> Executor:
-    lowered = {s.name: lower("eager", s, pipeline.modules[s.name]) for s in plan.segments}
+    lowered = {
+        s.name: lower("eager", s, pipeline.modules[s.name], Target(plan.stage_plans[0].rows)) for s in plan.segments
+    }
 
     def never(exit_index: int, logits_RL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         probabilities_RL = logits_RL.softmax(-1)
@@ -74,7 +76,9 @@ def bare(pipeline: Pipeline, plan: Plan, buckets: int, threads: int) -> Callable
     rows = plan.stage_plans[0].rows
     known = {value.name: torch.stack([plausible(value)] * rows) for value in plan.values}
     known[PRESENCE] = torch.ones(rows, len(plan.branches), dtype=torch.bool)
-    lowered = {segment.name: lower("eager", segment, pipeline.modules[segment.name]) for segment in plan.segments}
+    lowered = {
+        segment.name: lower("eager", segment, pipeline.modules[segment.name], Target(rows)) for segment in plan.segments
+    }
 
     def run() -> None:
         with threads_of(threads):

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.fusion import gate
-from mmpipe.graphs.backends import lower
+from mmpipe.graphs.backends import Target, lower
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
@@ -122,7 +122,8 @@ class Runners:
         watches: Mapping[str, Watch] | None = None,
     ) -> Executor:
         place = self.device.place
-        lowered = {s.name: lower(way.backend, s, place(modules[s.name])) for s in plan.segments}
+        target = Target(way.batch_size, threads=way.threads)
+        lowered = {s.name: lower(way.backend, s, place(modules[s.name]), target) for s in plan.segments}
         return Executor(plan, lowered, threads=way.threads, gate=gate, device=self.device, watches=watches)
 
     def _gate(self, exits: bool) -> Gate | None:

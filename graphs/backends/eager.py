@@ -7,16 +7,16 @@ feels: tensors are found as locals instead of through `nn.Module.__getattr__`, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from mmpipe.graphs.backends import Lowered
+from mmpipe.graphs.backends import Lowered, Target
 from mmpipe.graphs.plan import Segment
 
 
-def lower(segment: Segment, module: fx.GraphModule) -> Lowered:
+def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
     """The function; torch.fx's own where the graph holds calls of modules (a user put them in)."""
     if any(node.op == "call_module" for node in module.graph.nodes):
         return module.forward

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from mmpipe.graphs.backends import lower
+from mmpipe.graphs.backends import Target, lower
 from mmpipe.graphs.plan import Segment
 
 
@@ -38,14 +38,14 @@ def test_it_computes_what_the_graph_does():
     module = fx.symbolic_trace(Everything())
     arguments = torch.randn(3, 4), torch.randint(0, 5, (3, 4)), torch.randn(3, 4)
     with torch.inference_mode():
-        want, got = module(*arguments), lower("eager", segment(), module)(*arguments)
+        want, got = module(*arguments), lower("eager", segment(), module, Target(1))(*arguments)
     assert isinstance(got, tuple)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
 def test_a_changed_weight_is_seen():
     module = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
-    run = lower("eager", segment(), module)
+    run = lower("eager", segment(), module, Target(1))
     before = run(torch.ones(1, 2))
     with torch.no_grad():
         module.get_parameter("0.weight").mul_(2.0)
@@ -70,7 +70,7 @@ def test_a_value_is_freed_after_its_last_use(used):
     first = graph.call_function(watched, (x,))
     second = graph.call_function(torch.neg, (first if used else x,))
     graph.output((graph.call_function(count, (second,)),))
-    (result,) = lower("eager", segment(), fx.GraphModule(nn.Module(), graph))(torch.zeros(1))
+    (result,) = lower("eager", segment(), fx.GraphModule(nn.Module(), graph), Target(1))(torch.zeros(1))
     assert result.item() == (-1.0 if used else 0.0)
 
 
@@ -79,5 +79,5 @@ def test_a_module_that_a_user_put_in_is_called():
     graph.output((graph.call_module("own", (graph.placeholder("x"),)),))
     root = nn.Module()
     root.own = nn.ReLU()
-    (result,) = lower("eager", segment(), fx.GraphModule(root, graph))(torch.tensor([-1.0, 2.0]))
+    (result,) = lower("eager", segment(), fx.GraphModule(root, graph), Target(1))(torch.tensor([-1.0, 2.0]))
     assert result.tolist() == [0.0, 2.0]

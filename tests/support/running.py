@@ -8,7 +8,7 @@ import torch
 
 from mmpipe.errors import MediaError
 from mmpipe.fusion import gate
-from mmpipe.graphs.backends import lower
+from mmpipe.graphs.backends import Target, lower
 from mmpipe.graphs.cut import cut
 from mmpipe.graphs.fuse import ExitSpec, Probe
 from mmpipe.graphs.passes import optimise
@@ -77,7 +77,7 @@ def executor(specs, thresholds, *, rows=8, device=None, watches=None, **placed):
         return probabilities, confidence, leaves
 
     place_module = (lambda module: module) if device is None else device.place
-    lowered = {s.name: lower("eager", s, place_module(made.modules[s.name])) for s in made.plan.segments}
+    lowered = {s.name: lower("eager", s, place_module(made.modules[s.name]), Target(1)) for s in made.plan.segments}
     plan = place(made.plan, rows=rows, **{"layout": "one", "slots": 64, **placed})
     return Executor(plan, lowered, threads=1, gate=decide, device=device, watches=watches), graph
 

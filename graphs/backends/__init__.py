@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from mmpipe.graphs.plan import GraphError, Plan, Segment
+from mmpipe.graphs.plan import PRESENCE, GraphError, Plan, Segment
 
 Lowered = Callable[..., tuple[Tensor, ...]]
 
@@ -60,6 +60,9 @@ def examples_of(plan: Plan, segment: Segment, rows: int) -> tuple[Tensor, ...]:
     make = torch.Generator().manual_seed(0)
     found = []
     for name in (*segment.inputs, *segment.reads):
+        if name == PRESENCE:
+            found.append(torch.ones(rows, len(plan.branches), dtype=torch.bool))
+            continue
         value = plan.value(name)
         shape = (rows, *value.shape)
         if value.dtype.is_floating_point:

@@ -30,12 +30,12 @@ from mmpipe.config import Config
 from mmpipe.graphs.digest import digest as digest_of
 from mmpipe.graphs.plan import Plan
 from mmpipe.media import Limits
-from mmpipe.resolved import Resolved
+from mmpipe.resolved import PLAIN, Resolved
 from mmpipe.types import Sample
 
 _PACKAGES = (
     *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "numpy"),
-    *("pillow", "soundfile", "soxr", "av"),
+    *("pillow", "soundfile", "soxr", "av", "openvino", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"),
 )
 
 
@@ -69,7 +69,8 @@ def fingerprints(
     model = model_fingerprint(built, plan)
     numerics = _hash(
         model,
-        [resolved.device, resolved.dtype, resolved.backend, resolved.batch_size, resolved.threads],
+        [resolved.device, resolved.batch_size, resolved.threads],
+        {name: asdict(choice) for name, choice in resolved.segments.items()},
         versions(),
         processor(),
     )
@@ -100,7 +101,8 @@ def forms(
         digest = _hash(
             [digest_of(modules[segment.name]).hex(), value.shape, str(value.dtype)],
             [preparation.settings, preparation.max_seconds, config.input.decode, asdict(limits)],
-            [resolved.device, resolved.dtype, resolved.backend, resolved.batch_size, resolved.threads],
+            [resolved.device, resolved.batch_size, resolved.threads],
+            asdict(resolved.segments.get(segment.name, PLAIN)),
             [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
             versions(),
             processor(),
@@ -125,6 +127,11 @@ def processor() -> list[str]:
         *(about.get(name, "") for name in names),
         *(os.environ.get(name, "") for name in variables),
     ]
+
+
+def hardware() -> str:
+    """This processor and these libraries, as a hash: what a measurement of speed holds for."""
+    return _hash(processor(), os.cpu_count(), versions())
 
 
 def _hash(*parts: Any) -> str:

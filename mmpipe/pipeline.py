@@ -25,7 +25,7 @@ from mmpipe.build import Built, build, not_bound
 from mmpipe.calibrated import mismatch
 from mmpipe.config import Config, load
 from mmpipe.engine import Done, Engine, Wish
-from mmpipe.errors import InputError
+from mmpipe.errors import InputError, ModelError
 from mmpipe.fingerprints import fingerprints, versions
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
@@ -81,6 +81,13 @@ class Pipeline:
         dtype, backends = self.resolved.dtype, [self.resolved.backend]
         why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends)
         return not_bound(self.config, why) if why else ""
+
+    def _still_calibrated(self) -> None:
+        """After the parity gate: exits that were calibrated with a type that may not be used hold no more."""
+        if self._built.calibration is not None and (why := self._not_calibrated_for()):
+            raise ModelError(
+                f"the calibration's exits do not hold: {why}; set runtime.dtype: float32, and calibrate again"
+            )
 
     @classmethod
     def load(
@@ -199,7 +206,8 @@ class Pipeline:
         refuse(out, mode, inside=input_root(self.config, folder))
         listing = self.find(folder)
         with self._lock:
-            self.runners.settle(len(listing.samples[:limit]))
+            self.runners.settle(listing.samples[:limit], self._limits)
+            self._still_calibrated()
         return run_job(self, listing, out, mode=mode, limit=limit, progress=progress)
 
     @contextlib.contextmanager
@@ -273,6 +281,8 @@ class Pipeline:
         """
         wish = Wish(kind=kind, exits=exits, cached=cached, deliberate=deliberate, embeddings=embeddings)
         with self._lock:
+            self.runners.prove(kind, samples, self._limits)
+            self._still_calibrated()
             return self._engine.run(samples, wish, answered)
 
     def run_shards(

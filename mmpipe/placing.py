@@ -17,6 +17,7 @@ from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import Plan
+from mmpipe.lowering import Lowering
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runtime.device import Device, device_for
 from mmpipe.runtime.measure import BUCKETS_A_LANE, PASSES
@@ -46,13 +47,20 @@ def device_of(config: Config) -> Device:
 
 
 def resolve(
-    config: Config, made: Cut, device: Device, kind: Kind = "batch", *, measure: Measure | None = None, rows: int = 0
+    config: Config,
+    made: Cut,
+    device: Device,
+    kind: Kind = "batch",
+    lowering: Lowering | None = None,
+    *,
+    measure: Measure | None = None,
+    rows: int = 0,
 ) -> Resolved:
     """Decide what the configuration leaves open.
 
     `measure` times a plan: a call takes the way that is fastest; a batch, too, when its `rows` are so many that
-    measuring is won back, else (and without `measure`) the way that its rule says. Raises ConfigError where nothing
-    fits memory_limit.
+    measuring is won back, else (and without `measure`) the way that its rule says. `lowering` chooses backends and
+    number types; None: eager float32. Raises ConfigError where nothing fits memory_limit.
     """
     runtime = config.runtime
     reasons: dict[str, str] = {}
@@ -62,14 +70,22 @@ def resolve(
         reasons[key] = reason if given == "auto" else "configured"
         return value if given == "auto" else given
 
+    def lowered(way: Resolved) -> Resolved:
+        if lowering is None:
+            return way
+        chosen = lowering.choose(made, way.batch_size, way.threads, rows)
+        told = {**way.reasons, **chosen.reasons}
+        return replace(way, segments=chosen.segments, dtype=chosen.dtype, backend=chosen.backend, reasons=told)
+
     available = device.memory_bytes()
     of_that = f"{_SHARE:.0%} of the {shown(available)} that are available"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     weights = cost.weight_bytes(list(made.modules.values()))
+    reasons |= {"dtype": "float32 unless something lowers", "backend": "eager unless something lowers"}
     base = Resolved(
         device=decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
-        dtype=decided("dtype", "float32", "the only type that is implemented"),
-        backend=decided("backend", "eager", "the only backend that is implemented"),
+        dtype="float32",
+        backend="eager",
         cache=decided("cache", *_cache(made.plan, single=kind == "call")),
         memory_limit=int(decided("memory_limit", int(available * _SHARE), of_that)),
         batch_size=decided("batch_size", _ROWS if kind == "batch" else 1, "rows of the one bucket of every segment"),
@@ -94,11 +110,11 @@ def resolve(
         if runtime.batch_size == "auto":
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
         ways = _for_calls(base, made, runtime.schedule, small, cores)
-        return _fastest([budget.largest(way, shrink=False, batches=False) for way in ways], measure)
+        return _fastest([lowered(budget.largest(way, shrink=False, batches=False)) for way in ways], measure)
     shrink = runtime.batch_size == "auto"
     ruled, *others = _for_batches(base, made, runtime.schedule, small, cores)
-    chosen = budget.largest(ruled, shrink=shrink, batches=True)
-    ways = [chosen, *(budget.largest(way, shrink=shrink, batches=True) for way in others)]
+    chosen = lowered(budget.largest(ruled, shrink=shrink, batches=True))
+    ways = [chosen, *(lowered(budget.largest(way, shrink=shrink, batches=True)) for way in others)]
     if measure is None or not _worth_measuring(ways, rows):
         return chosen
     return _fastest(ways, measure)

@@ -13,6 +13,17 @@ Kind = Literal["batch", "call"]  # many samples, for throughput; or one, for lat
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What one segment is lowered to."""
+
+    backend: str
+    dtype: str  # of its matrix products; "float32", "bfloat16", "float16"
+
+
+PLAIN = Choice("eager", "float32")
+
+
+@dataclass(frozen=True)
 class Resolved:
     """Every `auto`, decided: value and reason. Nothing changes the configuration afterwards."""
 
@@ -30,6 +41,7 @@ class Resolved:
     cache: str
     memory: Mapping[str, int]  # bytes: weights, slots, media, scratch, host, workspaces, decoding
     reasons: Mapping[str, str]
+    segments: Mapping[str, Choice] = field(default_factory=dict)  # lowered otherwise than eager float32
     measured: Mapping[str, float] = field(default_factory=dict)  # "parallel" → seconds a bucket, where it was measured
 
 

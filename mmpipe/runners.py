@@ -6,27 +6,32 @@ The graph is cut anew when it was edited. Of each kind one executor is open at a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from mmpipe import media
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.fusion import gate
 from mmpipe.graphs.backends import Target, lower
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
-from mmpipe.graphs.plan import Plan
+from mmpipe.graphs.plan import Plan, Segment
+from mmpipe.lowering import Lowering
 from mmpipe.observing import Observers
+from mmpipe.parity import ROWS, Shift, compare, real_rows
 from mmpipe.placing import resolve
 from mmpipe.resolved import Kind, Resolved, placed
 from mmpipe.runtime.device import Device
-from mmpipe.runtime.executor import Executor
+from mmpipe.runtime.executor import Executor, threads_of
 from mmpipe.runtime.lanes import Watch
 from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.measure import expected_seconds, leaving, seconds_a_bucket, seconds_to_exits
+from mmpipe.tuned import Tuned
+from mmpipe.types import Sample
 
 
 class Runners:
@@ -36,6 +41,9 @@ class Runners:
         self.config, self.built, self.device = config, built, device
         self.graph: FusedGraph = built.graph
         self.observers = Observers()
+        self.lowering = Lowering(config, device, Tuned())
+        self.shift: Shift | None = None  # how far the lowered graph was from float32
+        self._proved = False  # the parity gate has seen real samples
         self._cut: Cut | None = None
         self._version = -1
         self._resolved: dict[Kind, Resolved] = {}
@@ -50,6 +58,7 @@ class Runners:
         if self._cut is None or self._version != self.graph.version:
             self._cut, self._version = cut(self.graph), self.graph.version
             self.forget_executors()
+            self.lowering.forget()
             self._plans.clear()
         return self._cut
 
@@ -57,15 +66,50 @@ class Runners:
         """What every `auto` became, for this kind of run; decided once. `rows`: of the job that it is decided for."""
         if kind not in self._resolved:
             measure = self._answering if kind == "call" else self._throughput
-            self._resolved[kind] = resolve(self.config, self.cut, self.device, kind, measure=measure, rows=rows)
+            self._resolved[kind] = resolve(
+                self.config, self.cut, self.device, kind, self.lowering, measure=measure, rows=rows
+            )
         return self._resolved[kind]
 
-    def settle(self, rows: int) -> None:
-        """Before the first batch: decide for a job of so many rows, which may be worth measuring for."""
+    def settle(self, samples: Sequence[Sample], limits: media.Limits) -> None:
+        """Before the first batch: decide for a job of these samples, which may be worth measuring and compiling for,
+        and make it ready."""
         if not self._began:
-            self._resolved.pop("batch", None)
-            self._plans.pop("batch", None)
-            self.resolved("batch", rows)
+            self._forget_decision("batch")
+            self.resolved("batch", len(samples))
+        self.prove("batch", samples, limits)
+        self.executor("batch", True)
+
+    def prove(self, kind: Kind, samples: Sequence[Sample], limits: media.Limits) -> None:
+        """Let what is lowered otherwise than eager float32 through the parity gate, on the first samples that come. An
+        encoder that fails is decided on again, without."""
+        if self._proved or not samples or self.device.kind != "cpu":
+            return
+        self._proved = True
+        while self.resolved(kind).segments:
+            self.shift = self._shift(kind, real_rows(samples, self.built.preparations, limits))
+            if self.shift.ok:
+                return
+            branches = self.shift.turned or [s.branch for s in self._lowered_segments(kind)]
+            self.lowering.refused.update(dict.fromkeys(branches, self.shift.why()))
+            for one in ("batch", "call"):
+                self._forget_decision(one)
+            self.forget_executors()
+
+    def _lowered_segments(self, kind: Kind) -> list[Segment]:
+        return [self.cut.plan.segment(name) for name in self.resolved(kind).segments]
+
+    def _shift(self, kind: Kind, real: Mapping[str, Sequence[Tensor]]) -> Shift:
+        way, made = self.resolved(kind), self.cut
+        rows = min(way.batch_size, ROWS) if {c.backend for c in way.segments.values()} == {"eager"} else way.batch_size
+        plain = {s.name: lower("eager", s, made.modules[s.name], Target(rows)) for s in made.plan.segments}
+        lowered = {s.name: self.lowering.lower(made.plan, s, made.modules[s.name], way) for s in made.plan.segments}
+        with threads_of(way.threads):
+            return compare(made.plan, plain, lowered, rows, real, self._gate(False))
+
+    def _forget_decision(self, kind: Kind) -> None:
+        self._resolved.pop(kind, None)
+        self._plans.pop(kind, None)
 
     def plan(self, kind: Kind = "batch") -> Plan:
         made = self.cut
@@ -121,9 +165,7 @@ class Runners:
         gate: Gate | None,
         watches: Mapping[str, Watch] | None = None,
     ) -> Executor:
-        place = self.device.place
-        target = Target(way.batch_size, threads=way.threads)
-        lowered = {s.name: lower(way.backend, s, place(modules[s.name]), target) for s in plan.segments}
+        lowered = {s.name: self.lowering.lower(plan, s, modules[s.name], way) for s in plan.segments}
         return Executor(plan, lowered, threads=way.threads, gate=gate, device=self.device, watches=watches)
 
     def _gate(self, exits: bool) -> Gate | None:

@@ -14,13 +14,15 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target
 from mmpipe.graphs.plan import Segment
+from mmpipe.graphs.precision import lowered
 
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
     """The function; torch.fx's own where the graph holds calls of modules (a user put them in)."""
-    if any(node.op == "call_module" for node in module.graph.nodes):
-        return module.forward
-    return _Writer(module).function(segment.name)
+    short = lowered(module, target.dtype)
+    if any(node.op == "call_module" for node in short.graph.nodes):
+        return short.forward
+    return _Writer(short).function(segment.name)
 
 
 class _Writer:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # Who implements one adds it here (or removes the line); docs/configuration.md follows.
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
-    "runtime.dtype": ("auto", "float32"),
-    "runtime.backend": ("auto", "eager"),
+    "runtime.dtype": ("auto", "float32", "bfloat16"),
+    "runtime.backend": ("auto", "eager", "inductor"),
     "input.decode": ("exact",),
 }
 

@@ -225,9 +225,9 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         )
         found.append(("freed memory kept", why + "MALLOC_MMAP_THRESHOLD_=2000000000 in the environment do"))
     if resolved.dtype == "float32":
-        found.append(("bfloat16", "float32 is the only type that is implemented"))
+        found.append(("bfloat16", resolved.reasons["dtype"]))
     if resolved.backend == "eager":
-        found.append(("a compiled backend", "eager is the only backend that is implemented"))
+        found.append(("a compiled backend", resolved.reasons["backend"]))
     if resolved.schedule == "cascade" and len(plan.branches) > 1:
         found.append(("branches side by side", resolved.reasons["schedule"]))
     if resolved.lanes == 1:

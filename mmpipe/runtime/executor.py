@@ -100,10 +100,10 @@ class Executor:
 
         def hand_on(shard: Shard) -> None:
             outcome = shard.outcome()
-            with torch.inference_mode(False), _threads(before):  # the caller's own work, as the caller would do it
+            with torch.inference_mode(False), threads_of(before):  # the caller's own work, as the caller would do it
                 done(outcome)
 
-        with torch.inference_mode(), _threads(self.threads):
+        with torch.inference_mode(), threads_of(self.threads):
             run = (Parallel if parallel else Cascade)(self)
             try:
                 run.run(shards, hand_on)
@@ -134,7 +134,7 @@ def _close(streams: Iterable[Stream]) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_of(count: int) -> Iterator[None]:
     """Compute with this many threads, whatever the caller has set; part of the numerics."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

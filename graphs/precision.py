@@ -1,0 +1,174 @@
+"""A segment in a shorter number type: its matrix products, and what stands between them.
+
+    inputs (float32) ─► float32 until the first learned product ─► bfloat16 … ─► outputs, in the types of the plan
+
+What stays float32, whatever is asked for:
+- all that a logarithm is taken of (log-mel: six decades of power), and all before the first product;
+- statistics that a graph writes out (means, norms, powers, exponentials). Softmax and the normalisations that are one
+  operation keep their statistics in float32 by themselves, on any device, and hand on the shorter type.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx
+
+from mmpipe.graphs.fuse import get_tensor, mark_of, set_tensor
+
+aten = torch.ops.aten
+
+_PRODUCTS = {
+    *(aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
+    *(aten.baddbmm.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.scaled_dot_product_attention.default, aten.einsum.default),
+}
+_LOGARITHMS = {aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default, aten.log_softmax.int}
+_STATISTICS = {
+    *(
+        aten.mean.dim,
+        aten.mean.default,
+        aten.sum.dim_IntList,
+        aten.sum.default,
+        aten.var.correction,
+        aten.std.correction,
+    ),
+    *(aten.var_mean.correction, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sqrt.default, aten.exp.default),
+    *(aten.linalg_vector_norm.default, aten.cumsum.default, aten.logsumexp.default, aten.norm.ScalarOpt_dim),
+    aten.to.dtype,  # the model asks for it
+}
+# With float32 weights beside a shorter input; a CPU mixes them, and keeps the weights' digits.
+_NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default}
+
+
+def lowered(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy of a segment's module that computes in `dtype`; the module itself for float32.
+
+    What goes in and what comes out keep their types. Weights that only products read are held in `dtype` alone.
+    """
+    if dtype == torch.float32:
+        return module
+    # weights are shared with the original, not copied: most are replaced
+    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    _Lowering(made, dtype).run()
+    made.graph.eliminate_dead_code()
+    read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in made.named_buffers(remove_duplicate=False) if name not in read]:
+        _delete(made, name)
+    made.graph.lint()
+    made.recompile()
+    return made
+
+
+class _Lowering:
+    """One walk over the graph in its order. `short`: the nodes whose values have the shorter type by now."""
+
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype) -> None:
+        self.module, self.graph, self.dtype = module, module.graph, dtype
+        self.short: set[fx.Node] = set()
+        self.exact: set[fx.Node] = set()  # float32 on purpose: statistics, and what is made of them
+        self.constants: dict[str, str] = {}  # attribute → the same in the shorter type
+        self.casts: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        islands = _before_logarithms(self.graph)
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and node not in islands:
+                self._one(node)
+            elif node.op == "output":
+                self._outputs(node)
+
+    def _outputs(self, node: fx.Node) -> None:
+        node.args = (fx.map_arg(node.args[0], lambda value: self._long(value, node)),)
+
+    def _one(self, node: fx.Node) -> None:
+        arguments = node.all_input_nodes
+        if node.target in _PRODUCTS and mark_of(node).dtype in (torch.float32, None):
+            self._give(node, lambda n: self._shortened(n, node))
+            self.short.add(node)
+        elif not any(n in self.short for n in arguments):
+            if any(n in self.exact for n in arguments):
+                self.exact.add(node)
+            elif node.target is aten.embedding.default and _is_float(arguments[0]):  # only rows are picked
+                node.replace_input_with(arguments[0], self._shortened(arguments[0], node))
+                self.short.add(node)
+        elif node.target in _STATISTICS:
+            self._give(node, lambda n: self._long(n, node))
+            self.exact.add(node)
+        elif any(n in self.exact for n in arguments) and node.target not in _NORMALISATIONS:
+            self.exact.add(node)  # promoted to float32 by itself
+            if node.target is aten.cat.default:
+                self._give(node, lambda n: self._long(n, node))
+        else:
+            keep = node.target in _NORMALISATIONS
+            self._give(node, lambda n: n if keep and n.op == "get_attr" else self._shortened(n, node))
+            if mark_of(node).dtype in (torch.float32, None):  # None: several results, or one that a user put in
+                self.short.add(node)
+
+    def _give(self, node: fx.Node, change: Any) -> None:
+        node.args = fx.map_arg(node.args, change)
+        node.kwargs = fx.map_arg(node.kwargs, change)
+
+    def _shortened(self, node: fx.Node, user: fx.Node) -> fx.Node:
+        """The node's value in the shorter type, where it is a floating one."""
+        if node in self.short or not _is_float(node):
+            return node
+        if node.op == "get_attr":
+            return self._constant(node)
+        if node not in self.casts:
+            limits = torch.finfo(self.dtype)
+            with self.graph.inserting_before(user):
+                # masks are often the lowest float32: in bfloat16 minus infinity, and a row of that not a number
+                within = self.graph.call_function(aten.clamp.default, (node, limits.min, limits.max))
+                cast = self.graph.call_function(aten.to.dtype, (within, self.dtype))
+            within.meta["mmpipe"] = cast.meta["mmpipe"] = node.meta.get("mmpipe")
+            self.casts[node] = cast
+            self.short.add(cast)
+        return self.casts[node]
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        name = str(node.target)
+        if name not in self.constants:
+            tensor = get_tensor(self.module, name)
+            value = tensor.to(self.dtype)
+            over = torch.isinf(value) & ~torch.isinf(tensor)
+            if over.any():
+                value = torch.where(over, tensor.sign().to(self.dtype) * torch.finfo(self.dtype).max, value)
+            self.constants[name] = f"{name}_short"
+            set_tensor(self.module, self.constants[name], value)
+        with self.graph.inserting_before(node):
+            short = self.graph.get_attr(self.constants[name])
+        short.meta["mmpipe"] = node.meta.get("mmpipe")
+        self.short.add(short)
+        return short
+
+    def _long(self, node: fx.Node, user: fx.Node) -> fx.Node:
+        """The node's value as float32 again."""
+        if node not in self.short:
+            return node
+        with self.graph.inserting_before(user):
+            long = self.graph.call_function(aten.to.dtype, (node, torch.float32))
+        long.meta["mmpipe"] = node.meta.get("mmpipe")
+        return long
+
+
+def _before_logarithms(graph: fx.Graph) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.target in _LOGARITHMS]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    return mark_of(node).dtype == torch.float32
+
+
+def _delete(module: fx.GraphModule, name: str) -> None:
+    path, _, last = name.rpartition(".")
+    delattr(module.get_submodule(path), last)

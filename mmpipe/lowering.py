@@ -1,0 +1,178 @@
+"""Which backend and number type each segment gets on this machine, and why; and the lowered segments, kept.
+
+    runtime.dtype    as configured; auto: bfloat16 for large encoders where the processor multiplies it faster
+    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment, else eager
+
+Heads stay float32 and eager: they cost little, and confidence is made there. An encoder whose short twin fails the
+parity gate (`mmpipe.parity`) stays float32 and eager too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.fx import GraphModule
+
+from mmpipe.cache import folder as cache_folder
+from mmpipe.config import Config
+from mmpipe.graphs import cost
+from mmpipe.graphs.backends import Lowered, Target, Unlowerable, examples_of, lower
+from mmpipe.graphs.cut import Cut
+from mmpipe.graphs.plan import HEAD, Plan, Segment
+from mmpipe.resolved import PLAIN, Choice, Resolved
+from mmpipe.runtime.device import Device
+from mmpipe.tuned import Tuned
+
+# Below it an encoder is mostly calls and copies: a shorter type brings little, and its rounding is felt as much.
+LARGE_NUMBERS = 5_000_000
+_GAIN = 1.3  # how much faster a product has to be
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """For one bucket size and number of threads: what each segment is lowered to, and what to tell of it."""
+
+    segments: Mapping[str, Choice]  # otherwise than eager float32
+    dtype: str
+    backend: str
+    reasons: Mapping[str, str]
+
+
+@dataclass
+class Lowering:
+    """Chooses and lowers for one pipeline. Not safe for several threads: the pipeline's lock is."""
+
+    config: Config
+    device: Device
+    tuned: Tuned
+    refused: dict[str, str] = field(default_factory=dict)  # branch → why it stays float32 and eager
+    _kept: dict[tuple[object, ...], tuple[GraphModule, Lowered]] = field(default_factory=dict)
+
+    def choose(self, made: Cut, rows: int, threads: int, job_rows: int = 0) -> Chosen:
+        """`job_rows`: of the job that is about to begin; a compiler is waited for only where that is won back."""
+        segments: dict[str, Choice] = {}
+        told: list[str] = []
+        for segment in made.plan.segments:
+            choice, why = self._one(made, segment, rows, threads, job_rows)
+            if choice != PLAIN:
+                segments[segment.name] = choice
+            if why and why not in told:
+                told.append(why)
+        dtypes = {choice.dtype for choice in segments.values()} - {"float32"}
+        backends = {choice.backend for choice in segments.values()} - {"eager"}
+        refused = [f"{branch} stays float32: {why}" for branch, why in self.refused.items()]
+        dtype_why = "; ".join([self._why_dtype(bool(dtypes)), *refused])
+        return Chosen(
+            segments,
+            dtype="+".join(sorted(dtypes)) or "float32",
+            backend="+".join(sorted(backends)) or "eager",
+            reasons={"dtype": dtype_why, "backend": "; ".join(told) or self._why_backend()},
+        )
+
+    def lower(self, plan: Plan, segment: Segment, module: GraphModule, way: Resolved) -> Lowered:
+        """One segment's module as `way` has it. Raises ConfigError where the configured backend can't, Unlowerable
+        elsewhere."""
+        choice = way.segments.get(segment.name, PLAIN)
+        target = Target(way.batch_size, getattr(torch, choice.dtype), way.threads, compiled_folder())
+        placed = self.device.place(module)
+        if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
+            return lower("eager", segment, placed, target)
+        rows = 0 if choice.backend == "eager" else way.batch_size
+        threads = 0 if choice.backend == "eager" else way.threads
+        key = (id(module), choice, rows, threads)
+        if key not in self._kept:
+            try:
+                examples = examples_of(plan, segment, way.batch_size)
+                self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)
+            except Unlowerable as error:
+                if self.config.runtime.backend == "auto":
+                    raise
+                hint = "runtime.backend: eager runs anywhere"
+                raise self.config.error("runtime.backend", str(error), hint) from error
+        return self._kept[key][1]
+
+    def forget(self) -> None:
+        """What was lowered of a graph that is no more."""
+        self._kept.clear()
+
+    def _one(self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int) -> tuple[Choice, str]:
+        runtime = self.config.runtime
+        if segment.branch == HEAD or segment.branch in self.refused:
+            return PLAIN, ""
+        large = cost.weight_bytes([made.modules[segment.name]]) >= 4 * LARGE_NUMBERS
+        if runtime.backend == "auto":
+            best = self.tuned.best(made.modules[segment.name], rows, threads)
+            if best is not None and runtime.dtype in ("auto", best.choice.dtype):
+                if best.pays(job_rows):
+                    return best.choice, f"tuned: {segment.name} {best.told}"
+                return self._eager(large), f"{segment.name} {best.not_yet(job_rows)}"
+            return self._eager(large), ""
+        dtype = self._eager(large).dtype
+        if runtime.backend == "onnx" and runtime.dtype == "auto":
+            dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU
+        return Choice(runtime.backend, dtype), "configured"
+
+    def _eager(self, large: bool) -> Choice:
+        """The plain backend, in the type that is configured, else in the one that pays."""
+        asked = self.config.runtime.dtype
+        if asked != "auto":
+            return Choice("eager", asked)
+        pays = large and self.device.kind == "cpu" and bfloat16_gain() >= _GAIN
+        return Choice("eager", "bfloat16" if pays else "float32")
+
+    def _why_dtype(self, short: bool) -> str:
+        if self.config.runtime.dtype != "auto":
+            return "configured"
+        if self.device.kind != "cpu":
+            return "on a GPU a shorter type is used where it is configured"
+        gain = bfloat16_gain()
+        if gain == 0:
+            return "this processor does not multiply bfloat16 itself"
+        measured = f"a product in bfloat16 takes {1 / gain:.2f} of float32's time here"
+        return measured if short or gain < _GAIN else f"{measured}, but no encoder is large enough to gain"
+
+    def _why_backend(self) -> str:
+        if self.config.runtime.backend != "auto":
+            return "configured"
+        return "nothing was tuned for these models here; mmpipe autotune finds whether a compiler pays"
+
+
+def compiled_folder() -> Path | None:
+    """Where compiled segments are kept; None: nowhere."""
+    where = cache_folder()
+    return None if where is None else where / "compiled"
+
+
+@functools.cache
+def bfloat16_gain() -> float:
+    """How many times faster than float32 a large matrix product is in bfloat16; 0: the processor has no instruction for
+    it, and the library would take it apart (up to 500 times slower)."""
+    if not _has_bfloat16():
+        return 0.0
+    seconds = {}
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            one, other = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+            times = []
+            for _ in range(6):
+                began = time.perf_counter()
+                torch.mm(one, other)
+                times.append(time.perf_counter() - began)
+            seconds[dtype] = min(times[1:])
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _has_bfloat16() -> bool:
+    """Whether oneDNN may use this processor's own bfloat16 instructions."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if allowed and not any(word in allowed for word in ("BF16", "FP16", "AMX", "ALL", "DEFAULT")):
+        return False
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

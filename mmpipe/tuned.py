@@ -1,0 +1,104 @@
+"""What `mmpipe autotune` found, kept for this machine: segment, bucket and threads → the fastest way, with its figures.
+
+One JSON file for each combination of processor and library versions: what was measured with others says nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from mmpipe.cache import folder as cache_folder
+from mmpipe.fingerprints import hardware
+from mmpipe.graphs.digest import digest
+from mmpipe.resolved import Choice
+
+_WON_BACK = 2.0  # a compiler is waited for where it saves this many times what it takes
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest way of a segment. Times in seconds; a row's in a full bucket, alone on the machine."""
+
+    choice: Choice
+    row_seconds: float
+    plain_row_seconds: float  # of the best way that needs no compiler
+    plain: Choice
+    ready_seconds: float  # to have it again, from what is kept of its compilation
+
+    def pays(self, job_rows: int) -> bool:
+        """Whether a job of so many rows wins back what getting ready takes."""
+        if self.choice.backend == "eager":
+            return True
+        return job_rows * (self.plain_row_seconds - self.row_seconds) >= _WON_BACK * self.ready_seconds
+
+    @property
+    def told(self) -> str:
+        faster = self.plain_row_seconds / self.row_seconds
+        return f"{self.choice.backend} {self.choice.dtype}, {faster:.2f} × as fast as {self.plain.backend}"
+
+    def not_yet(self, job_rows: int) -> str:
+        saved = job_rows * (self.plain_row_seconds - self.row_seconds)
+        return (
+            f"not {self.choice.backend}: {job_rows} rows would save {saved:.1f} s, "
+            f"and getting ready takes {self.ready_seconds:.1f} s"
+        )
+
+
+class Tuned:
+    """The winners that are known here. A file that is broken, or of another version, counts as none."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        root = cache_folder() if folder is None else folder
+        self._path = None if root is None else root / "tuned" / f"{hardware()}.json"
+        self._digests: dict[int, tuple[fx.GraphModule, str]] = {}
+
+    @cached_property
+    def entries(self) -> dict[str, Any]:
+        if self._path is None:
+            return {}
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and found.get("version") == 1 and isinstance(found.get("segments"), dict):
+                return dict(found["segments"])
+        return {}
+
+    def best(self, module: fx.GraphModule, rows: int, threads: int) -> Best | None:
+        """For a segment by what it computes, whatever it is called."""
+        if not self.entries:  # hashing the weights takes a while
+            return None
+        entry = self.entries.get(self._key(module, rows, threads))
+        try:
+            return None if entry is None else _best(entry)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def keep(self, found: Iterable[tuple[fx.GraphModule, int, int, Best]]) -> Path | None:
+        """Write winners: (segment, rows, threads, best). None where nothing may be kept. Raises OSError."""
+        if self._path is None:
+            return None
+        for module, rows, threads, best in found:
+            self.entries[self._key(module, rows, threads)] = asdict(best)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        half = self._path.with_suffix(f".{os.getpid()}")
+        half.write_text(json.dumps({"version": 1, "segments": self.entries}, indent=1), encoding="utf-8")
+        os.replace(half, self._path)
+        return self._path
+
+    def _key(self, module: fx.GraphModule, rows: int, threads: int) -> str:
+        if id(module) not in self._digests:
+            self._digests[id(module)] = module, digest(module).hex()
+        return f"{self._digests[id(module)][1][:32]}:{rows}:{threads}"
+
+
+def _best(entry: Mapping[str, Any]) -> Best:
+    numbers = {name: float(entry[name]) for name in ("row_seconds", "plain_row_seconds", "ready_seconds")}
+    return Best(Choice(**entry["choice"]), plain=Choice(**entry["plain"]), **numbers)

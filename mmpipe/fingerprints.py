@@ -9,16 +9,10 @@ job       numerics, thresholds, limits, input and its order, output schema
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,25 +23,10 @@ from mmpipe.cache import Form
 from mmpipe.config import Config
 from mmpipe.graphs.digest import digest as digest_of
 from mmpipe.graphs.plan import Plan
+from mmpipe.machine import processor, versions
 from mmpipe.media import Limits
 from mmpipe.resolved import PLAIN, Resolved
 from mmpipe.types import Sample
-
-_PACKAGES = (
-    *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "numpy"),
-    *("pillow", "soundfile", "soxr", "av", "openvino", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"),
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of mmpipe, and of the packages that shape results, where they are installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def model_fingerprint(built: Built, plan: Plan) -> str:
@@ -109,29 +88,6 @@ def forms(
         )
         found[branch] = Form(digest.encode(), value.shape, value.dtype)
     return found
-
-
-@functools.cache
-def processor() -> list[str]:
-    """What libraries choose their code by: kind of processor, its features, and variables that hide some of them."""
-    about = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            about[name.strip()] = value.strip()
-    names = ("model name", "flags", "Features", "cache size")
-    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
-    return [
-        platform.machine(),
-        torch.backends.cpu.get_cpu_capability(),
-        *(about.get(name, "") for name in names),
-        *(os.environ.get(name, "") for name in variables),
-    ]
-
-
-def hardware() -> str:
-    """This processor and these libraries, as a hash: what a measurement of speed holds for."""
-    return _hash(processor(), os.cpu_count(), versions())
 
 
 def _hash(*parts: Any) -> str:

@@ -9,9 +9,6 @@ parity gate (`mmpipe.parity`) stays float32 and eager too.
 
 from __future__ import annotations
 
-import functools
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +22,7 @@ from mmpipe.graphs import cost
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable, examples_of, lower
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import HEAD, Plan, Segment
+from mmpipe.machine import bfloat16_gain
 from mmpipe.resolved import PLAIN, Choice, Resolved
 from mmpipe.runtime.device import Device
 from mmpipe.tuned import Tuned
@@ -147,32 +145,3 @@ def compiled_folder() -> Path | None:
     """Where compiled segments are kept; None: nowhere."""
     where = cache_folder()
     return None if where is None else where / "compiled"
-
-
-@functools.cache
-def bfloat16_gain() -> float:
-    """How many times faster than float32 a large matrix product is in bfloat16; 0: the processor has no instruction for
-    it, and the library would take it apart (up to 500 times slower)."""
-    if not _has_bfloat16():
-        return 0.0
-    seconds = {}
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            one, other = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-            times = []
-            for _ in range(6):
-                began = time.perf_counter()
-                torch.mm(one, other)
-                times.append(time.perf_counter() - began)
-            seconds[dtype] = min(times[1:])
-    return seconds[torch.float32] / seconds[torch.bfloat16]
-
-
-def _has_bfloat16() -> bool:
-    """Whether oneDNN may use this processor's own bfloat16 instructions."""
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if allowed and not any(word in allowed for word in ("BF16", "FP16", "AMX", "ALL", "DEFAULT")):
-        return False
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

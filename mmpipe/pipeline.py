@@ -26,7 +26,7 @@ from mmpipe.calibrated import mismatch
 from mmpipe.config import Config, load
 from mmpipe.engine import Done, Engine, Wish
 from mmpipe.errors import InputError, ModelError
-from mmpipe.fingerprints import fingerprints, versions
+from mmpipe.fingerprints import fingerprints
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan
 from mmpipe.jobs.auditing import audit_settings
@@ -35,6 +35,7 @@ from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
 from mmpipe.loading import collector_paused
+from mmpipe.machine import versions
 from mmpipe.observing import Observer
 from mmpipe.placing import device_of
 from mmpipe.resolved import Kind, Resolved

@@ -17,8 +17,8 @@ from typing import Any
 from torch import fx
 
 from mmpipe.cache import folder as cache_folder
-from mmpipe.fingerprints import hardware
 from mmpipe.graphs.digest import digest
+from mmpipe.machine import hardware
 from mmpipe.resolved import Choice
 
 _WON_BACK = 2.0  # a compiler is waited for where it saves this many times what it takes

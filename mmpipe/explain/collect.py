@@ -18,12 +18,12 @@ import torch
 
 from mmpipe.budget import shown
 from mmpipe.explain.words import duration
-from mmpipe.fingerprints import versions
 from mmpipe.graphs import cost, memory
 from mmpipe.graphs.cost import Product
 from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.loading import freed_memory_is_kept
+from mmpipe.machine import versions
 from mmpipe.pipeline import Pipeline
 from mmpipe.runtime.device import cuda_devices
 from mmpipe.runtime.ledger import Outcome, Span

@@ -284,6 +284,37 @@ def explain(
 
 
 @app.command()
+def autotune(
+    config: ConfigArgument,
+    input: InputOption = None,
+    backends: Annotated[str, typer.Option(help="Those to try, with commas between; default: all.")] = "",
+    json_: Annotated[bool, typer.Option("--json", help="Print all that was measured as JSON.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Measure which backend and number type is fastest for each encoder on this machine, and keep it.
+
+    Compiles each encoder for each backend: minutes for large ones. Later runs with runtime.backend: auto use the
+    winners where that pays. Parity with float32 is judged on the input's first samples, where there are some.
+    """
+    with _reporting(as_json=json_):
+        loaded = _load(config, [*(set_ or []), "runtime.backend=eager"])
+        given = input is not None or loaded.input.folder is not None or loaded.input.manifest is not None
+        listing = _samples(loaded, input) if given else None
+        from mmpipe import Pipeline
+        from mmpipe.autotune import autotune as measure
+        from mmpipe.parity import TRIED
+
+        with Pipeline(loaded, say=_say) as pipeline:
+            names = [name.strip() for name in backends.split(",") if name.strip()]
+            tuning = measure(pipeline, listing.samples[:TRIED] if listing else [], backends=names, say=_say)
+        if json_:
+            _print(json.dumps(tuning.plain()))
+            return
+        for (segment, rows, _), best in tuning.best.items():
+            _print(f"{segment:<10} {rows:>3} rows  {best.told}")
+
+
+@app.command()
 def calibrate(
     config: ConfigArgument,
     input: InputOption = None,

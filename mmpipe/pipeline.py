@@ -141,6 +141,11 @@ class Pipeline:
     def built(self) -> Built:
         return self._built
 
+    @property
+    def limits(self) -> media.Limits:
+        """What a medium may be at most."""
+        return self._limits
+
     # --- predicting -------------------------------------------------------------------------------------------------
 
     def __call__(self, *, image: Any = None, text: Any = None, audio: Any = None, id: str = "sample") -> Prediction:

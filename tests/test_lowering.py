@@ -1,0 +1,223 @@
+"""Number types and backends: what is chosen, that the gate guards it, and that the answers hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support import hub, shop
+
+from mmpipe import ConfigError, Pipeline, autotune, lowering, machine, parity
+from mmpipe.graphs.backends import Unlowerable
+from mmpipe.parity import Shift
+from mmpipe.resolved import PLAIN, Choice
+from mmpipe.tuned import Best, Tuned
+
+FAMILIES = {
+    "open_clip": "image", "clip": "image", "siglip": "image", "vit": "image", "dinov2": "image",
+    "bert": "text", "minilm": "text", "mpnet": "text", "clap": "audio", "whisper": "audio",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return hub.Models(tmp_path_factory.mktemp("models"))
+
+
+def media_of(modality, count):
+    return {
+        "image": lambda: hub.pictures(count),
+        "text": lambda: [text or "." for text in hub.texts(count)],
+        "audio": lambda: [(sound, 16000) for sound in hub.sounds(count, 16000, 2.0)],
+    }[modality]()
+
+
+def embedded(section, modality, samples, **runtime):
+    made = {"task": "embed", "encoders": {modality: section}, "runtime": {"batch_size": 8, "cache": "off", **runtime}}
+    with Pipeline.load(made) as pipeline:
+        return pipeline.embed(samples), pipeline.resolved
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_in_bfloat16_keeps_its_embeddings_and_each_row_its_bytes(models, name):
+    modality = FAMILIES[name]
+    model = (
+        f"hf:{hub.minilm()}" if name == "minilm" else f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"
+    )
+    section = {"model": model, **({"max_tokens": 32} if modality == "text" else {})}
+    samples = [{modality: medium} for medium in media_of(modality, 11)]
+    plain, _ = embedded(section, modality, samples, dtype="float32")
+    short, resolved = embedded(section, modality, samples, dtype="bfloat16")
+    assert resolved.dtype == "bfloat16"
+    assert (plain * short).sum(1).min() > 0.999
+    assert np.abs(plain - short).max() > 0  # it did compute in another type
+    order = np.random.default_rng(0).permutation(len(samples))
+    again, _ = embedded(section, modality, [samples[n] for n in order], dtype="bfloat16")
+    assert np.array_equal(again, short[order])
+
+
+def test_small_models_stay_float32(pipeline):
+    assert (pipeline.resolved.dtype, pipeline.resolved.backend, pipeline.resolved.segments) == ("float32", "eager", {})
+
+
+@pytest.mark.parametrize(("gain", "becomes"), [(0.0, "float32"), (1.1, "float32"), (4.0, "bfloat16")])
+def test_auto_is_bfloat16_for_large_encoders_where_it_is_faster(weights, monkeypatch, gain, becomes):
+    monkeypatch.setattr(lowering, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
+    with Pipeline.load(shop.config(weights)) as pipeline:
+        assert pipeline.resolved.dtype == becomes
+        assert set(pipeline.resolved.segments) == (set() if becomes == "float32" else {"image@0", "text@0", "audio@0"})
+        assert PLAIN not in pipeline.resolved.segments.values()
+        assert pipeline.resolved.reasons["dtype"]
+
+
+def test_hidden_instructions_are_not_used(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    machine.bfloat16_gain.cache_clear()
+    assert machine.bfloat16_gain() == 0.0
+    machine.bfloat16_gain.cache_clear()
+
+
+# --- the parity gate --------------------------------------------------------------------------------------------------
+
+
+def spoiled(monkeypatch, branch, change):
+    """Spoil what a branch is lowered to."""
+    whole = lowering.lower
+
+    def lower(backend, segment, module, target, examples=()):
+        run = whole(backend, segment, module, target, examples)
+        if segment.branch != branch or target.dtype == torch.float32:
+            return run
+        return lambda *tensors: tuple(change(result) for result in run(*tensors))
+
+    monkeypatch.setattr(lowering, "lower", lower)
+
+
+def test_an_encoder_that_turns_too_far_stays_float32(weights, tmp_path, monkeypatch):
+    spoiled(monkeypatch, "image", lambda result: result.flip(-1))
+    folder = shop.media(tmp_path / "media", 12)
+    made = shop.config(weights, runtime={"batch_size": 8, "dtype": "bfloat16"})
+    with Pipeline.load(made) as pipeline, Pipeline.load(shop.config(weights)) as plain:
+        samples = list(pipeline.find(folder).samples)
+        answers, wanted = pipeline.predict(samples), plain.predict(samples)
+        assert set(pipeline.resolved.segments) == {"text@0", "audio@0"}
+        assert "image stays float32: cosine" in pipeline.resolved.reasons["dtype"]
+        assert [one.label for one in answers] == [one.label for one in wanted]
+
+
+def test_not_a_number_does_not_pass(weights, tmp_path, monkeypatch):
+    spoiled(monkeypatch, "text", lambda result: result * float("nan"))
+    folder = shop.media(tmp_path / "media", 12)
+    with Pipeline.load(shop.config(weights, runtime={"batch_size": 8, "dtype": "bfloat16"})) as pipeline:
+        pipeline.predict(pipeline.find(folder).samples)
+        assert "text@0" not in pipeline.resolved.segments
+
+
+def test_the_gate_looks_at_answers_too():
+    assert Shift({"image": 1.0}, confidence=0.01, flipped=0, rows=4).ok
+    assert not Shift({"image": 1.0}, confidence=0.2, flipped=0, rows=4).ok
+    assert not Shift({"image": 1.0}, confidence=0.0, flipped=1, rows=4).ok
+    assert not Shift({"image": float("nan")}, confidence=0.0, flipped=0, rows=4).ok
+
+
+def test_media_that_cannot_be_read_do_not_stop_the_gate(weights, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with Pipeline.load(shop.config(weights, runtime={"batch_size": 8, "dtype": "bfloat16"})) as pipeline:
+        (answer,) = pipeline.predict([{"image": str(tmp_path / "a.jpg"), "text": "a red mug"}])
+        assert answer.status == "partial"
+        found = parity.real_rows(pipeline.find(shop.media(tmp_path / "m", 9)).samples, pipeline.built.preparations,
+                                 pipeline.limits)  # fmt: skip
+        assert {name: len(rows) for name, rows in found.items() if name.startswith("image")} == {"image.photo": 4}
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_is_configured_and_can_not_is_an_error(weights, monkeypatch):
+    def refuse(*arguments):
+        raise Unlowerable("inductor needs a C++ compiler")
+
+    monkeypatch.setattr(lowering, "lower", refuse)
+    with (
+        Pipeline.load(shop.config(weights, runtime={"backend": "inductor"})) as pipeline,
+        pytest.raises(ConfigError, match=r"runtime\.backend: inductor needs a C\+\+ compiler"),
+    ):
+        pipeline(text="a red mug")
+
+
+def best(backend="inductor", dtype="float32", row=0.001, plain=0.003, ready=2.0):
+    return Best(Choice(backend, dtype), row, plain, PLAIN, ready)
+
+
+def test_a_compiler_is_waited_for_only_where_that_is_won_back():
+    assert not best().pays(0)
+    assert not best().pays(1999)
+    assert best().pays(2000)  # 4 s saved, 2 s waited
+    assert best("eager", "bfloat16").pays(0)
+    assert "1999 rows would save 4.0 s, and getting ready takes 2.0 s" in best().not_yet(1999)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_winners_are_kept_for_this_machine_and_used(weights, kept, monkeypatch):
+    made = shop.config(weights)
+    with Pipeline.load(made) as pipeline:
+        way, module = pipeline.resolved, pipeline.modules["image@0"]
+        winner = best("eager", "bfloat16")
+        Tuned().keep([(module, way.batch_size, way.threads, winner)])
+    assert Tuned().best(module, way.batch_size, way.threads) == winner
+    assert Tuned().best(module, way.batch_size + 4, way.threads) is None
+    with Pipeline.load(made) as pipeline:
+        assert pipeline.resolved.segments == {"image@0": winner.choice}
+        assert "tuned: image@0 eager bfloat16, 3.00 × as fast as eager" in pipeline.resolved.reasons["backend"]
+        before = pipeline.fingerprints([])
+    monkeypatch.setattr("mmpipe.tuned.hardware", lambda: "another")
+    with Pipeline.load(made) as pipeline:
+        assert pipeline.resolved.segments == {}
+        assert pipeline.fingerprints([])["numerics"] != before["numerics"]
+        assert pipeline.fingerprints([])["model"] == before["model"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "segments": {}}', '{"version": 1, "segments": []}'])
+def test_a_broken_file_of_winners_counts_as_none(kept, text):
+    path = kept / "tuned" / f"{machine.hardware()}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert Tuned().entries == {}
+
+
+def test_autotune_measures_each_way_and_the_fastest_at_parity_wins(weights, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "_SECONDS", 0.0)
+    monkeypatch.setattr(autotune, "bfloat16_gain", lambda: 2.0)
+    whole = autotune.lower
+
+    def lower(backend, segment, module, target, examples=()):
+        if backend == "inductor":
+            raise Unlowerable("no compiler here")
+        run = whole(backend, segment, module, target, examples)
+        if segment.branch == "text" and target.dtype != torch.float32:
+            return lambda *tensors: tuple(-result for result in run(*tensors))  # never at parity
+        return run
+
+    monkeypatch.setattr(autotune, "lower", lower)
+    said = []
+    with Pipeline.load(shop.config(weights)) as pipeline:
+        samples = pipeline.find(shop.media(tmp_path / "media", 9)).samples
+        tuning = autotune.autotune(pipeline, samples, backends=["eager", "inductor"], say=said.append)
+    assert {one.segment for one in tuning.tried} == {"image@0", "text@0", "audio@0"}
+    text = [one for one in tuning.tried if one.segment == "text@0" and one.choice == Choice("eager", "bfloat16")]
+    assert all("cosine -" in one.why for one in text)
+    assert all(one.why == "no compiler here" for one in tuning.tried if one.choice.backend == "inductor")
+    assert {found.choice for (name, _, _), found in tuning.best.items() if name == "text@0"} == {PLAIN}
+    assert len(said) == len(tuning.tried)
+    for (name, rows, threads), found in tuning.best.items():
+        fair = [
+            one for one in tuning.tried if (one.segment, one.rows, one.threads, one.why) == (name, rows, threads, "")
+        ]
+        assert found.row_seconds == min(one.row_seconds for one in fair)
+        assert Tuned().best(pipeline.modules[name], rows, threads) == found

@@ -58,6 +58,8 @@ class BuiltEncoder:
         prompts: Callable[[Sequence[str]], Tensor] | None = None,
         logit_scale: float | None = None,
         max_seconds: float | None = None,
+        smallest_side: int | None = None,
+        prepare_fast: Callable[[Any], dict[str, Tensor]] | None = None,
         notes: Sequence[str] = (),
         files: Sequence[str] = (),
     ) -> None:
@@ -70,6 +72,9 @@ class BuiltEncoder:
         self.prompts = prompts  # texts → [n, dim] in this encoder's space (the paired text tower); None: no zero-shot
         self.logit_scale = logit_scale  # the model's own, already exponentiated; None: it has none
         self.max_seconds = max_seconds  # sound beyond this is not needed; None: all
+        # pixels: a picture that need not be exact may come scaled down, its shorter side no less than this; None: never
+        self.smallest_side = smallest_side
+        self.prepare_fast = prepare_fast or prepare  # as prepare, for pictures that need not be exact: faster, close by
         self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
         self.files = tuple(files)  # what was read from disk: weights first, then configuration and tokeniser
 

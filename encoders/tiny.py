@@ -288,7 +288,7 @@ def load(
         example: Any = Image.new("RGB", (4 * PHOTO_SIDE, 4 * PHOTO_SIDE), "white")
         return BuiltEncoder(
             modality=modality, dim=DIM, module=module, prepare=prepare_photo, example=example,
-            preprocessing=preprocessing, layers="layers",
+            preprocessing=preprocessing, layers="layers", smallest_side=2 * PHOTO_SIDE,
         )  # fmt: skip
     if name == "title":
         words = TITLE_WORDS if max_tokens is None else max_tokens

@@ -57,7 +57,7 @@ class ResizeCrop:
         return {"pixels": self._centred(_pixels(image))}
 
     def fast(self, image: Image.Image) -> dict[str, Tensor]:
-        """As `__call__`, resampled by torch in a quarter of the time: it rounds otherwise, by 1 of 255 at most."""
+        """As `__call__`, resampled by torch in a quarter of the time: it rounds otherwise, by 1 of 255, seldom more."""
         if self.resample not in ("bilinear", "bicubic"):
             return self(image)
         image, (width, height) = self._checked(image)

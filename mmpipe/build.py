@@ -40,9 +40,10 @@ class Preparation:
     modality: str
     dim: int
     prepare: Callable[[Any], dict[str, Tensor]]
-    max_seconds: float | None  # sound beyond this is not decoded
+    max_seconds: float | None  # sound beyond this is not heard
     settings: Mapping[str, Any]  # all that shapes prepare(); for the fingerprint
     notes: tuple[str, ...]
+    decoded_seconds: float | None = None  # sound beyond this is not decoded: what is heard, and its resampling's margin
     smallest_side: int | None = None  # pixels: pictures may be decoded smaller, to no less; None: as they are
 
 
@@ -208,12 +209,22 @@ def _settings(encoder: Encoder, options: Mapping[str, Any], fast: bool) -> Mappi
 
 
 def _preparation(encoder: Encoder, settings: Mapping[str, Any], fast: bool) -> Preparation:
-    seconds, side = None, _smallest_side(encoder, fast)
+    heard = decoded = None
     if isinstance(encoder, BuiltEncoder):
         encoder.release()
-        seconds = encoder.max_seconds
-    prepare = encoder.prepare if side is None else getattr(encoder, "prepare_fast", encoder.prepare)
-    return Preparation(encoder.modality, encoder.dim, prepare, seconds, settings, _notes(encoder, fast), side)
+        heard = encoder.max_seconds
+        decoded = None if heard is None else heard + encoder.margin_seconds
+    side = _smallest_side(encoder, fast)
+    return Preparation(
+        encoder.modality,
+        encoder.dim,
+        encoder.prepare if side is None else getattr(encoder, "prepare_fast", encoder.prepare),
+        max_seconds=heard,
+        settings=settings,
+        notes=_notes(encoder, fast),
+        decoded_seconds=decoded,
+        smallest_side=side,
+    )
 
 
 def _small_files(names: Sequence[str]) -> dict[str, str]:

@@ -87,7 +87,7 @@ class Feed:
         """Bytes that decoding a medium takes, at most."""
         needs = self.preparations[branch]
         source = self.samples[row].media[branch]
-        return estimate_bytes(branch, source, self.limits, needs.max_seconds, needs.smallest_side)
+        return estimate_bytes(branch, source, self.limits, needs.decoded_seconds, needs.smallest_side)
 
     def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
         """Keep the embeddings of rows that were looked up in vain."""
@@ -103,7 +103,7 @@ class Feed:
     def _decode(self, branch: str, row: int, slot: int, media: MediaRows) -> None:
         source, needs = self.samples[row].media[branch], self.preparations[branch]
         medium = load_medium(
-            branch, source, limits=self.limits, max_seconds=needs.max_seconds, smallest_side=needs.smallest_side
+            branch, source, limits=self.limits, max_seconds=needs.decoded_seconds, smallest_side=needs.smallest_side
         )
         media.fill(slot, self._checked(branch, self._prepared(branch, medium)))
 

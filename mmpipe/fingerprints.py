@@ -99,7 +99,7 @@ def forms(
         value = plan.value(plan.embedding(branch))
         digest = _hash(
             [digest_of(modules[segment.name]).hex(), value.shape, str(value.dtype)],
-            [preparation.settings, preparation.max_seconds, asdict(limits)],
+            [preparation.settings, preparation.decoded_seconds, asdict(limits)],
             [resolved.device, resolved.dtype, resolved.backend, resolved.batch_size, resolved.threads],
             [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
             versions(),

@@ -290,13 +290,13 @@ def _mean(channels_CN: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any,
     """The channels' mean [n]. Channel by channel: numpy's own mean of so short an axis takes thirty times longer."""
     import numpy as np
 
-    if len(channels_CN) == 1:
-        return channels_CN[0]
-    with np.errstate(invalid="ignore", over="ignore"):
-        mono_N = channels_CN[0] + channels_CN[1]
-        for channel_N in channels_CN[2:]:
-            mono_N += channel_N
-        mono_N /= np.float32(len(channels_CN))
+    mono_N: np.ndarray[Any, np.dtype[np.float32]] = channels_CN[0]
+    if len(channels_CN) > 1:
+        with np.errstate(invalid="ignore", over="ignore"):
+            mono_N = mono_N + channels_CN[1]
+            for channel_N in channels_CN[2:]:
+                mono_N += channel_N
+            mono_N /= np.float32(len(channels_CN))
     return mono_N
 
 

@@ -1,4 +1,4 @@
-"""`input.decode: fast` in a pipeline: close answers, never taken for exact ones, only where an encoder allows it."""
+"""What a pipeline decodes: no more than is needed, close where `input.decode: fast` asks for it, and never mixed up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from support import shop
@@ -122,3 +123,21 @@ def test_your_own_encoder_says_what_it_allows(tmp_path, monkeypatch, name, parts
             prints.append(model_fingerprint(pipeline._built, pipeline.plan))
             assert any("changes nothing" in note for note in pipeline.notes) == (decode == "fast" and name == "Whole")
     assert (prints[0] == prints[1]) == (name == "Whole")
+
+
+def test_a_long_sound_is_heard_as_if_it_were_decoded_whole(weights, tmp_path, monkeypatch):
+    """What follows the window sounds into its end while resampling, and nothing beyond that is decoded."""
+    from mmpipe import feed
+
+    path, load, decoded = tmp_path / "long.wav", feed.load_medium, []
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 30 * 22_050), 22_050)
+
+    def whole(modality, source, **settings):
+        decoded.append(len(load(modality, source, **settings)[0]) / 22_050)
+        return load(modality, source)
+
+    with opened(weights, "exact", task="embed", fusion={}, labels=None) as pipeline:
+        heard = pipeline.embed([{"audio": path}])
+        monkeypatch.setattr(feed, "load_medium", whole)
+        assert np.array_equal(heard, pipeline.embed([{"audio": path}]))
+        assert pipeline._built.preparations["audio"].max_seconds < decoded[0] < 4

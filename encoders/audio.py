@@ -213,6 +213,7 @@ def _built(source: Source, module: nn.Module, window: Window, settings: MelSetti
         example=example,
         preprocessing=asdict(window) | asdict(settings) | {"resampler": RESAMPLER},
         max_seconds=window.max_seconds,
+        margin_seconds=MARGIN_S,
         files=source.files(),
         **fields,
     )

@@ -58,6 +58,9 @@ class BuiltEncoder:
         prompts: Callable[[Sequence[str]], Tensor] | None = None,
         logit_scale: float | None = None,
         max_seconds: float | None = None,
+        margin_seconds: float = 0.0,
+        smallest_side: int | None = None,
+        prepare_fast: Callable[[Any], dict[str, Tensor]] | None = None,
         notes: Sequence[str] = (),
         files: Sequence[str] = (),
     ) -> None:
@@ -69,7 +72,11 @@ class BuiltEncoder:
         self.mask = mask  # the input [batch, tokens] that is 0 at padding; None: none
         self.prompts = prompts  # texts → [n, dim] in this encoder's space (the paired text tower); None: no zero-shot
         self.logit_scale = logit_scale  # the model's own, already exponentiated; None: it has none
-        self.max_seconds = max_seconds  # sound beyond this is not needed; None: all
+        self.max_seconds = max_seconds  # sound beyond this is not heard; None: all is
+        self.margin_seconds = margin_seconds  # of sound beyond that which its resampler's filter still sees
+        # pixels: a picture that need not be exact may come scaled down, its shorter side no less than this; None: never
+        self.smallest_side = smallest_side
+        self.prepare_fast = prepare_fast or prepare  # as prepare, for pictures that need not be exact: faster, close by
         self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
         self.files = tuple(files)  # what was read from disk: weights first, then configuration and tokeniser
 

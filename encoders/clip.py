@@ -118,6 +118,8 @@ def _image(found: _Found, visual: Any, prompts: Prompts, scale: float, files: li
         dim=output_dim(module, resize(example)),
         module=module,
         prepare=resize,
+        smallest_side=resize.smallest_side,
+        prepare_fast=resize.fast,
         example=example,
         preprocessing=asdict(resize) | {"mean": mean, "std": std},
         layers="visual.transformer.resblocks" if _has(module, "visual.transformer.resblocks") else None,

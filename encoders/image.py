@@ -21,6 +21,8 @@ from mmpipe.encoders.hf import Source, pretrained
 # A picture 1 pixel high and 10,000 wide would be resized to 224 × 2,240,000.
 MAX_RESIZED_PIXELS = 256_000_000
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
+# A decoder that scales averages squares of pixels; resized again by two and more, that is hardly to be told apart.
+OVERSAMPLED = 2
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,34 @@ class ResizeCrop:
         if self.mode not in ("shortest", "longest", "squash") or self.resample not in RESAMPLING:
             raise EncoderError(f"this model resizes by '{self.mode}' with '{self.resample}', which is not supported")
 
+    @property
+    def smallest_side(self) -> int:
+        """Pixels that the shorter side of a picture needs where it has been scaled down before."""
+        return OVERSAMPLED * (self.short_side or max(self.height, self.width))
+
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image, size = self._checked(image)
+        if size != image.size:
+            image = image.resize(size, RESAMPLING[self.resample])
+        return {"pixels": self._centred(_pixels(image))}
+
+    def fast(self, image: Image.Image) -> dict[str, Tensor]:
+        """As `__call__`, resampled by torch in a quarter of the time: it rounds otherwise, by 1 of 255, seldom more."""
+        if self.resample not in ("bilinear", "bicubic"):
+            return self(image)
+        image, (width, height) = self._checked(image)
+        x_CHW = _pixels(image)
+        if (width, height) != image.size:
+            size = (height, width)
+            x_CHW = nn.functional.interpolate(x_CHW[None], size, mode=self.resample, antialias=True)[0]
+        return {"pixels": self._centred(x_CHW)}
+
+    def _checked(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+        """The picture in RGB, and the width and height that it is to be resized to."""
         size = self._resized(*image.size)
         if size[0] * size[1] > MAX_RESIZED_PIXELS:
             raise EncoderError(f"a picture of {image.width}×{image.height} pixels is too elongated for this model")
-        if size != image.size:
-            image = image.resize(size, RESAMPLING[self.resample])
-        image = self._centred(image)
-        return {"pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
+        return image if image.mode == "RGB" else image.convert("RGB"), size
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         if self.mode == "squash":
@@ -66,16 +86,22 @@ class ResizeCrop:
         ratio = max(ratios) if self.mode == "longest" else min(ratios)
         return round(width / ratio), round(height / ratio)
 
-    def _centred(self, image: Image.Image) -> Image.Image:
+    def _centred(self, x_CHW: Tensor) -> Tensor:
         """The crop from the middle; where the picture is smaller, `fill` around it."""
-        if image.width < self.width or image.height < self.height:
-            wider, higher = max(self.width, image.width), max(self.height, image.height)
-            padded = Image.new("RGB", (wider, higher), (self.fill,) * 3)
-            padded.paste(image, ((wider - image.width) // 2, (higher - image.height) // 2))
-            image = padded
+        height, width = x_CHW.shape[1:]
+        if width < self.width or height < self.height:
+            beside, above = max(0, self.width - width), max(0, self.height - height)
+            around = (beside // 2, beside - beside // 2, above // 2, above - above // 2)
+            x_CHW = nn.functional.pad(x_CHW, around, value=self.fill)
+            height, width = x_CHW.shape[1:]
         whole = int if self.crop_down else round
-        left, top = whole((image.width - self.width) / 2), whole((image.height - self.height) / 2)
-        return image.crop((left, top, left + self.width, top + self.height))
+        left, top = whole((width - self.width) / 2), whole((height - self.height) / 2)
+        return x_CHW[:, top : top + self.height, left : left + self.width].contiguous()
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 [3, height, width], the channels lying together."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Normalised(nn.Module):
@@ -162,6 +188,8 @@ def load_image(source: Source) -> BuiltEncoder:
         dim=output_dim(module, resize(example)),
         module=module,
         prepare=resize,
+        smallest_side=resize.smallest_side,
+        prepare_fast=resize.fast,
         example=example,
         preprocessing=asdict(resize) | {"mean": list(mean), "std": list(std), "per_level": per_level},
         layers=layers_path(module, layer_count),

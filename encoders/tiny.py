@@ -40,6 +40,7 @@ WINDOW = 2 * HOP  # 512 samples, 32 ms
 NOTE_HOPS = 219
 NOTE_SAMPLES = NOTE_HOPS * HOP  # 56_064 samples
 NOTE_SECONDS = NOTE_SAMPLES / SAMPLE_RATE_HZ  # 3.504 s
+MARGIN_SECONDS = 0.1  # of sound kept beyond the window while resampling: more than the filter's tail
 SHORTEST_NOTE_SAMPLES = 16 * HOP  # 4_096 samples, the least window to ask for
 BINS = WINDOW // 2 + 1  # 257 frequencies, 31.25 Hz apart
 MEL_BANDS = 64
@@ -230,7 +231,7 @@ def prepare_note(sound: tuple[Any, int], window_samples: int = NOTE_SAMPLES) -> 
     if rate_hz != SAMPLE_RATE_HZ and samples.size:
         import soxr
 
-        needed = int(np.ceil((window_samples / SAMPLE_RATE_HZ + 0.1) * rate_hz))  # 0.1 s more than the filter's tail
+        needed = int(np.ceil((window_samples / SAMPLE_RATE_HZ + MARGIN_SECONDS) * rate_hz))
         samples = soxr.resample(samples[:needed], rate_hz, SAMPLE_RATE_HZ).astype(np.float32)
     window = np.zeros(window_samples, np.float32)
     window[: min(samples.size, window_samples)] = samples[:window_samples]
@@ -288,7 +289,7 @@ def load(
         example: Any = Image.new("RGB", (4 * PHOTO_SIDE, 4 * PHOTO_SIDE), "white")
         return BuiltEncoder(
             modality=modality, dim=DIM, module=module, prepare=prepare_photo, example=example,
-            preprocessing=preprocessing, layers="layers",
+            preprocessing=preprocessing, layers="layers", smallest_side=2 * PHOTO_SIDE,
         )  # fmt: skip
     if name == "title":
         words = TITLE_WORDS if max_tokens is None else max_tokens
@@ -310,7 +311,7 @@ def load(
     return BuiltEncoder(
         modality=modality, dim=DIM, module=module, prepare=lambda sound: prepare_note(sound, window_samples),
         example=(np.zeros(SAMPLE_RATE_HZ, np.float32), SAMPLE_RATE_HZ), preprocessing=preprocessing, layers="layers",
-        max_seconds=window_samples / SAMPLE_RATE_HZ,
+        max_seconds=window_samples / SAMPLE_RATE_HZ, margin_seconds=MARGIN_SECONDS,
         notes=(f"sound after the first {window_samples / SAMPLE_RATE_HZ:.1f} s is not heard",),
     )  # fmt: skip
 

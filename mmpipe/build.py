@@ -40,9 +40,11 @@ class Preparation:
     modality: str
     dim: int
     prepare: Callable[[Any], dict[str, Tensor]]
-    max_seconds: float | None  # sound beyond this is not decoded
+    max_seconds: float | None  # sound beyond this is not heard
     settings: Mapping[str, Any]  # all that shapes prepare(); for the fingerprint
     notes: tuple[str, ...]
+    decoded_seconds: float | None = None  # sound beyond this is not decoded: what is heard, and its resampling's margin
+    smallest_side: int | None = None  # pixels: pictures may be decoded smaller, to no less; None: as they are
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def build(
     head = _head(config, encoders, dims, checkpoint) if classifies else None
     modules = {modality: encoder.module for modality, encoder in encoders.items()}
     by_name: dict[str, EncoderConfig] = {str(name): its for name, its in config.encoders.items()}
-    prepared_by = {name: _settings(encoder, by_name[name].options) for name, encoder in encoders.items()}
+    fast = config.input.decode == "fast"
+    prepared_by = {name: _settings(encoder, by_name[name].options, fast) for name, encoder in encoders.items()}
     core = core_fingerprint(modules, head, config, prepared_by)
     del modules  # the encoders let them go once they are captured
     if calibration is not None and not without_exits and calibration.binds_to.model != core:
@@ -117,10 +120,10 @@ def build(
             specs.append(ExitSpec(FULL, tuple(encoders)))
         graph = fuse(branches, captured_head, specs, states)
         removed = optimise(graph)
-    notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder)]
+    notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder, fast)]
     if config.fusion.head == "zero_shot" and specs[:-1] and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
-    preparations = {name: _preparation(encoder, prepared_by[name]) for name, encoder in encoders.items()}
+    preparations = {name: _preparation(encoder, prepared_by[name], fast) for name, encoder in encoders.items()}
     if without_exits:
         notes.append(f"exits: none, every sample is answered in full: {without_exits}")
     elif calibration is not None and not calibration.exits:
@@ -183,25 +186,45 @@ def _as_config_error(config: Config, path: str) -> Iterator[None]:
         raise ModelError(str(config.error(path, f"{type(error).__name__}: {error}"))) from error
 
 
-def _notes(encoder: Encoder) -> tuple[str, ...]:
-    return encoder.notes if isinstance(encoder, BuiltEncoder) else ()
+def _notes(encoder: Encoder, fast: bool) -> tuple[str, ...]:
+    notes = encoder.notes if isinstance(encoder, BuiltEncoder) else ()
+    if fast and encoder.modality == "image" and _smallest_side(encoder, fast) is None:
+        notes += ("input.decode: fast changes nothing: this encoder has no `smallest_side`",)
+    return notes
 
 
-def _settings(encoder: Encoder, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """All that shapes prepare(), as far as it can be told."""
+def _smallest_side(encoder: Encoder, fast: bool) -> int | None:
+    """Of pictures that may be scaled down; None: they are decoded exactly. Your own encoder may have one too."""
+    return getattr(encoder, "smallest_side", None) if fast and encoder.modality == "image" else None
+
+
+def _settings(encoder: Encoder, options: Mapping[str, Any], fast: bool) -> Mapping[str, Any]:
+    """All that shapes prepare() and what it is given, as far as it can be told."""
+    decoding = {} if (side := _smallest_side(encoder, fast)) is None else {"decode": "fast", "smallest_side": side}
     if isinstance(encoder, BuiltEncoder):
-        return {**encoder.preprocessing, "files": _small_files(encoder.files)}
+        return {**encoder.preprocessing, "files": _small_files(encoder.files), **decoding}
     name = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
     own = getattr(encoder, "preprocessing", None)  # what its author says shapes prepare()
-    return {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own}
+    return {"class": name, "options": dict(options), "source": source_digest(type(encoder)), "own": own, **decoding}
 
 
-def _preparation(encoder: Encoder, settings: Mapping[str, Any]) -> Preparation:
-    seconds = None
+def _preparation(encoder: Encoder, settings: Mapping[str, Any], fast: bool) -> Preparation:
+    heard = decoded = None
     if isinstance(encoder, BuiltEncoder):
         encoder.release()
-        seconds = encoder.max_seconds
-    return Preparation(encoder.modality, encoder.dim, encoder.prepare, seconds, settings, _notes(encoder))
+        heard = encoder.max_seconds
+        decoded = None if heard is None else heard + encoder.margin_seconds
+    side = _smallest_side(encoder, fast)
+    return Preparation(
+        encoder.modality,
+        encoder.dim,
+        encoder.prepare if side is None else getattr(encoder, "prepare_fast", encoder.prepare),
+        max_seconds=heard,
+        settings=settings,
+        notes=_notes(encoder, fast),
+        decoded_seconds=decoded,
+        smallest_side=side,
+    )
 
 
 def _small_files(names: Sequence[str]) -> dict[str, str]:

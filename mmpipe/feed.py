@@ -85,8 +85,9 @@ class Feed:
 
     def cost(self, branch: str, row: int) -> int:
         """Bytes that decoding a medium takes, at most."""
-        seconds = self.preparations[branch].max_seconds
-        return estimate_bytes(branch, self.samples[row].media[branch], self.limits, seconds)
+        needs = self.preparations[branch]
+        source = self.samples[row].media[branch]
+        return estimate_bytes(branch, source, self.limits, needs.decoded_seconds, needs.smallest_side)
 
     def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
         """Keep the embeddings of rows that were looked up in vain."""
@@ -100,8 +101,10 @@ class Feed:
             self.recall.keep(branch, kept, embeddings_KD[places])
 
     def _decode(self, branch: str, row: int, slot: int, media: MediaRows) -> None:
-        source, seconds = self.samples[row].media[branch], self.preparations[branch].max_seconds
-        medium = load_medium(branch, source, limits=self.limits, max_seconds=seconds)
+        source, needs = self.samples[row].media[branch], self.preparations[branch]
+        medium = load_medium(
+            branch, source, limits=self.limits, max_seconds=needs.decoded_seconds, smallest_side=needs.smallest_side
+        )
         media.fill(slot, self._checked(branch, self._prepared(branch, medium)))
 
     def _found(self, recall: Recall, branch: str, row: int, slot: int, media: MediaRows) -> Found:

@@ -70,7 +70,7 @@ def fingerprints(
 
 
 def forms(
-    config: Config, built: Built, resolved: Resolved, plan: Plan, modules: Mapping[str, fx.GraphModule], limits: Limits
+    built: Built, resolved: Resolved, plan: Plan, modules: Mapping[str, fx.GraphModule], limits: Limits
 ) -> dict[str, Form]:
     """Branch that the plan restores → what its embeddings depend on besides the medium."""
     found = {}
@@ -79,7 +79,7 @@ def forms(
         value = plan.value(plan.embedding(branch))
         digest = _hash(
             [digest_of(modules[segment.name]).hex(), value.shape, str(value.dtype)],
-            [preparation.settings, preparation.max_seconds, config.input.decode, asdict(limits)],
+            [preparation.settings, preparation.decoded_seconds, asdict(limits)],
             [resolved.device, resolved.batch_size, resolved.threads],
             asdict(resolved.segments.get(segment.name, PLAIN)),
             [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],

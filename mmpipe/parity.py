@@ -68,7 +68,13 @@ def real_rows(
             if source is None or count == ROWS:
                 continue
             try:
-                medium = media.load(branch, source, limits=limits, max_seconds=preparation.max_seconds)
+                medium = media.load(
+                    branch,
+                    source,
+                    limits=limits,
+                    max_seconds=preparation.decoded_seconds,
+                    smallest_side=preparation.smallest_side,
+                )
                 with torch.inference_mode():
                     prepared = preparation.prepare(medium)
             except MediaError:

@@ -31,6 +31,7 @@ _ROWS_MULTIPLE = 4
 _NUMBERS_FOR_THREADS = 5_000_000
 _SHARE = 0.8  # of the memory that is available
 
+_EXACT = "pictures as the model's reference prepares them, to the bit; input.decode: fast comes close in less time"
 _WORTH = 0.05  # the share of a job that measuring before it may take
 
 Measure = Callable[[Resolved], float]  # → seconds: to an answer, or for a bucket
@@ -94,10 +95,12 @@ def resolve(
         lanes=_LANES,
         slots=0,
         threads=cores,
+        decode=config.input.decode,
         decode_workers=cores,
         memory={},
         reasons=reasons,
     )
+    reasons["decode"] = "configured" if base.decode == "fast" else _EXACT
     reasons["decode_workers"] = f"{cores} cores"
     if base.cache == "on" and (inside := [b.name for b in made.plan.branches if not made.plan.restorable(b.name)]):
         reasons["cache"] += f"; not {', '.join(inside)}: an exit, or another branch, looks inside"

@@ -36,7 +36,7 @@ class Recalling:
         """Hashed once for each plan: an edited graph has another."""
         if kind not in self._forms or self._forms[kind][0] is not plan:
             resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
-            self._forms[kind] = plan, forms(self.config, self.built, resolved, plan, modules, self.limits)
+            self._forms[kind] = plan, forms(self.built, resolved, plan, modules, self.limits)
         return self._forms[kind][1]
 
     def close(self) -> None:

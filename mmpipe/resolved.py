@@ -36,6 +36,7 @@ class Resolved:
     lanes: int
     slots: int
     threads: int  # of each stream that computes
+    decode: str  # pictures: exact or fast
     decode_workers: int
     memory_limit: int  # bytes
     cache: str

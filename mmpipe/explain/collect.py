@@ -200,7 +200,8 @@ def _autos(pipeline: Pipeline) -> list[dict[str, Any]]:
     lines = []
     for key, why in pipeline.resolved.reasons.items():
         value = shown(values[key]) if key == "memory_limit" else values[key]
-        lines.append({"key": f"runtime.{key}" if key in _CONFIGURED else key, "value": str(value), "why": why})
+        section = "runtime." if key in _CONFIGURED else "input." if key == "decode" else ""
+        lines.append({"key": section + key, "value": str(value), "why": why})
     call = pipeline.runners.resolved("call")
     for key in ("batch_size", "schedule", "streams", "threads"):
         lines.append({"key": f"{key} of a single call", "value": str(vars(call)[key]), "why": call.reasons[key]})
@@ -230,6 +231,8 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         found.append(("a compiled backend", resolved.reasons["backend"]))
     if resolved.schedule == "cascade" and len(plan.branches) > 1:
         found.append(("branches side by side", resolved.reasons["schedule"]))
+    if resolved.decode == "exact" and "image" in pipeline.built.preparations:
+        found.append(("fast decoding", resolved.reasons["decode"]))
     if resolved.lanes == 1:
         found.append(("a second lane", resolved.reasons["lanes"]))
     if len(plan.exits) == 1:
@@ -279,7 +282,10 @@ def verdict(
             f"Bound by decoding: the model waits {share['waiting']:.0%} of the time; {worst} takes {part:.0%} of the "
             f"decoding, on {workers} workers."
         )
-        return text, [f"Smaller {worst} files, more cores, or an exit before {worst} help; a faster model would not."]
+        advice = [f"Smaller {worst} files, more cores, or an exit before {worst} help; a faster model would not."]
+        if worst == "image" and pipeline.resolved.decode == "exact":
+            advice.append("So does input.decode: fast, where answers may differ a little from the reference's.")
+        return text, advice
     text = (
         f"Bound by neither computing ({share['compute']:.0%} of the time) nor decoding ({share['waiting']:.0%}): "
         "the run is so short that beginning and gating it is what remains."

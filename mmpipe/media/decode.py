@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -17,19 +18,29 @@ from typing import Any, BinaryIO
 from mmpipe.errors import MediaError
 from mmpipe.media import audio, image
 from mmpipe.media.limits import Limits
-from mmpipe.media.views import View, part_of_picture, part_of_text
+from mmpipe.media.views import View, part_of_picture, part_of_text, shorter_share
 
 _UNKNOWN_BYTES = 1 << 16  # estimate for what can't be looked into: it will fail early, or is small
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
-def load(modality: str, source: Any, *, limits: Limits = Limits(), max_seconds: float | None = None) -> Any:  # noqa: B008 - frozen
+def load(
+    modality: str,
+    source: Any,
+    *,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    max_seconds: float | None = None,
+    smallest_side: int | None = None,
+) -> Any:
     """The decoded medium.
 
     image → PIL.Image in RGB, upright (EXIF), alpha on white, the first frame; colour profiles are left alone.
     text → str, from UTF-8 or from UTF-16 with a byte order mark.
     audio → (float32 samples [n], the channels' mean; rate in Hz). With max_seconds only the beginning is decoded.
+
+    smallest_side: a JPEG may be decoded smaller than it is (a half, a quarter, an eighth), as long as the shorter side
+    of what is looked at keeps so many pixels. It is faster, and its pixels are means of the exact ones. None: exactly.
 
     source: a Path or bytes; a str, which is the text itself, else a path; a PIL image; an array or tensor of pixels
     ([h, w], [h, w, c] or [c, h, w]; whole numbers 0..255 or floats 0..1); (samples [n] or [channels, n], rate_hz); a
@@ -41,7 +52,8 @@ def load(modality: str, source: Any, *, limits: Limits = Limits(), max_seconds: 
     """
     try:
         if isinstance(source, View) and modality != "audio":
-            whole = load(modality, source.source, limits=limits)
+            side = None if smallest_side is None else math.ceil(smallest_side / shorter_share(source))
+            whole = load(modality, source.source, limits=limits, smallest_side=side)
             return part_of_picture(whole, source) if modality == "image" else part_of_text(whole, source)
         start_seconds, source = (source.start, source.source) if isinstance(source, View) else (0.0, source)
         if isinstance(source, str) and modality == "text":
@@ -49,7 +61,7 @@ def load(modality: str, source: Any, *, limits: Limits = Limits(), max_seconds: 
         if is_file(source):
             with opened(modality, source, limits) as (file, size_bytes):
                 if modality == "image":
-                    return image.from_file(file, limits)
+                    return image.from_file(file, limits, smallest_side)
                 if modality == "text":
                     return _text_from_file(file, size_bytes, limits)
                 return audio.from_file(file, size_bytes, limits, max_seconds, start_seconds)
@@ -69,9 +81,12 @@ def estimate_bytes(
     source: Any,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     max_seconds: float | None = None,
+    smallest_side: int | None = None,
 ) -> int:
     """About how many bytes `load` will take at its peak, from the header; few where that isn't known. Never raises."""
-    source = source.source if isinstance(source, View) else source  # a window of a sound is no longer than its first
+    if isinstance(source, View):  # a window of a sound is no longer than its first
+        side = None if smallest_side is None else math.ceil(smallest_side / shorter_share(source))
+        return estimate_bytes(modality, source.source, limits, max_seconds, side)
     try:
         if isinstance(source, str) and modality == "text":
             return 4 * len(source) + _UNKNOWN_BYTES
@@ -82,7 +97,7 @@ def estimate_bytes(
             return of_memory(source) + _UNKNOWN_BYTES
         with opened(modality, source, limits) as (file, size_bytes):
             if modality == "image":
-                return image.estimate_file_bytes(file, limits) + _UNKNOWN_BYTES
+                return image.estimate_file_bytes(file, limits, smallest_side) + _UNKNOWN_BYTES
             if modality == "audio":
                 return audio.estimate_file_bytes(file, size_bytes, limits, max_seconds) + _UNKNOWN_BYTES
             return 5 * size_bytes + _UNKNOWN_BYTES  # the bytes, and up to four for each of them as text

@@ -20,9 +20,14 @@ _ORIENTATION = 0x0112  # EXIF
 _FLOAT_SLACK = 0.01  # resampling and rounding leave 0..1 by this much
 
 
-def from_file(file: BinaryIO, limits: Limits) -> Image.Image:
-    """The first frame of a file that is within its size limit, in RGB. Raises MediaError."""
-    return _rgb(_loaded(_header(file, limits)))
+def from_file(file: BinaryIO, limits: Limits, smallest_side: int | None = None) -> Image.Image:
+    """The first frame of a file that is within its size limit, in RGB. Raises MediaError.
+
+    smallest_side: a JPEG may come out at a half, a quarter or an eighth, its shorter side no less than these pixels.
+    """
+    picture = _header(file, limits)
+    _scaled(picture, smallest_side)
+    return _rgb(_loaded(picture))
 
 
 def from_memory(source: Any, limits: Limits) -> Image.Image:
@@ -49,13 +54,19 @@ def memory_size(source: Any) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if isinstance(size, tuple) else None
 
 
-def estimate_file_bytes(file: BinaryIO, limits: Limits) -> int:
+def estimate_file_bytes(file: BinaryIO, limits: Limits, smallest_side: int | None = None) -> int:
     """Peak bytes of `from_file`, from the header."""
     picture = _header(file, limits)
     width, height = picture.size
+    scaled = _scaled(picture, smallest_side)
+    progressive = bool(picture.info.get("progressive"))
     # Pillow holds RGB in 4 bytes a pixel; other modes, progressive JPEGs and turned pictures need more copies.
-    plain = picture.mode == "RGB" and not picture.info.get("progressive") and "transparency" not in picture.info
-    return width * height * (16 if not plain else 8 if "exif" in picture.info else 4)
+    plain = picture.mode == "RGB" and not progressive and "transparency" not in picture.info
+    each = 16 if not plain else 8 if "exif" in picture.info else 4
+    if not scaled:
+        return width * height * each
+    # whatever the scale, a progressive JPEG is in memory as coefficients, 2 bytes each, until its last scan
+    return picture.width * picture.height * each + (6 * width * height if progressive else 0)
 
 
 def estimate_memory_bytes(source: Any) -> int:
@@ -106,6 +117,17 @@ def _header(file: BinaryIO, limits: Limits) -> Image.Image:
         raise _decoder_error(error) from error
     _check_size(picture.size, limits)
     return picture
+
+
+def _scaled(picture: Image.Image, smallest_side: int | None) -> bool:
+    """Whether it will be decoded at a half, a quarter or an eighth: the least that keeps its shorter side that long.
+
+    A JPEG's decoder then computes fewer pixels from the same coefficients. Other formats know no such thing.
+    """
+    whole = picture.size
+    if smallest_side is not None:
+        picture.draft(picture.mode, (smallest_side, smallest_side))
+    return picture.size != whole
 
 
 def _loaded(picture: Image.Image) -> Image.Image:

@@ -110,6 +110,12 @@ def _word_start(text: str, at: int) -> int:
     return at
 
 
+def shorter_share(view: View) -> float:
+    """The smaller one of the shares of a picture's width and height that a view of it has."""
+    left, top, right, bottom = view.box
+    return min(right - left, bottom - top)
+
+
 def part_of_picture(picture: Image.Image, view: View) -> Image.Image:
     """The view's part of a decoded picture. Raises MediaError where that has no pixels."""
     from PIL import Image

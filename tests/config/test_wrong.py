@@ -185,7 +185,7 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}input: {{columns: {{id: sku}}}}\n", 4, "input.columns", "manifest"),
     (f"{START}input: {{manifest: a.csv, columns: {{name: sku}}}}\n", 4, "input.columns.name", "id, image"),
     (f"{START}input: {{max_failed: 101%}}\n", 4, "input.max_failed", "100%"),
-    (f"{START}input: {{decode: fast}}\n", 4, "input.decode", "use exact"),
+    (f"{START}input: {{decode: faster}}\n", 4, "input.decode", "fast"),
     (f"{START}input: {{limits: {{image_megapixel: 3}}}}\n", 4, "input.limits.image_megapixel", "image_megapixels?"),
     (f"{START}output: {{top_k: 0}}\n", 4, "output.top_k", "1 to 100"),
     (f"{START}output: {{top_k: '3'}}\n", 4, "output.top_k", "without quotes: 3"),

@@ -162,3 +162,40 @@ def test_what_is_not_supported_is_said(models, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_center_crop": False}))
     with pytest.raises(EncoderError, match="does not crop"):
         load(f"hf:{folder}", "image")
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"height": 32, "width": 32},
+        {"height": 32, "width": 32, "short_side": 40, "crop_down": True},
+        {"height": 24, "width": 40},
+        {"height": 32, "width": 32, "mode": "longest", "fill": 7},
+        {"height": 32, "width": 24, "mode": "squash"},
+    ],
+)
+def test_the_fast_resampling_is_a_level_off_and_seldom_more(settings, resample, kit):
+    resize = ResizeCrop(resample=resample, **settings)
+    soft = [image.resize((2 * image.width + 40, 3 * image.height + 40)) for image in kit.pictures(24)]
+    for image in (*soft, Image.new("L", (32, 32), 9), Image.new("RGB", (3, 50), "red")):
+        exact, fast = resize(image)["pixels"], resize.fast(image)["pixels"]
+        assert (fast.shape, fast.dtype, fast.is_contiguous()) == (exact.shape, torch.uint8, True)
+        off = (fast.int() - exact.int()).abs()
+        assert off.float().mean() < 0.5
+        assert (off > 1).float().mean() < 0.01  # which direction goes first, and is rounded first
+        assert off.max() <= (0 if resample == "lanczos" else 8)  # torch knows no lanczos
+    with pytest.raises(EncoderError, match="too elongated"):
+        ResizeCrop(224, 224, resample=resample).fast(Image.new("RGB", (1, 10_000)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"height": 224, "width": 224}, 448),
+        ({"height": 224, "width": 224, "short_side": 256}, 512),
+        ({"height": 224, "width": 320, "mode": "squash"}, 640),
+    ],
+)
+def test_a_picture_is_never_resized_up_for_having_been_scaled_down(settings, side):
+    assert ResizeCrop(**settings).smallest_side == side

@@ -407,6 +407,10 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     expected = np.full(100, 0.125, np.float32)
     for source in (tmp_path / "x.wav", (stereo.T, RATE_HZ), (torch.from_numpy(stereo).T, RATE_HZ)):
         assert np.array_equal(load("audio", source)[0], expected)
+    nine = NOISE.uniform(-1, 1, (500, 9)).astype(np.float32)
+    soundfile.write(tmp_path / "nine.wav", nine, RATE_HZ, subtype="FLOAT")
+    for source in (tmp_path / "nine.wav", (nine.T, RATE_HZ)):
+        assert np.allclose(load("audio", source)[0], nine.mean(axis=1), atol=1e-6)
 
 
 def test_m4a(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""What a pipeline decodes: no more than is needed, close where `input.decode: fast` asks for it, and never mixed up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from support import shop
+
+from mmpipe import Pipeline
+from mmpipe.explain import collect
+from mmpipe.fingerprints import model_fingerprint
+from mmpipe.media import View
+
+OWN = """
+import torch
+from torch import nn
+
+class Mean(nn.Module):
+    def forward(self, pixels):
+        return pixels.float().mean(dim=(2, 3))
+
+class Whole:
+    modality, dim, module = "image", 3, Mean()
+    def prepare(self, picture):
+        return {"pixels": torch.tensor([[[float(picture.width)]], [[float(picture.height)]], [[1.0]]])}
+
+class Small(Whole):
+    smallest_side = 50
+
+class Faster(Small):
+    def prepare_fast(self, picture):
+        return {"pixels": -self.prepare(picture)["pixels"]}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photos of 300 to 900 pixels; some have a title."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(5)
+    for number in range(12):
+        rough = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        size = tuple(int(side) for side in random.integers(300, 900, 2))
+        rough.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:02d}.jpg", quality=88)
+        if number % 2:
+            (folder / f"{number:02d}.txt").write_text(f"old oak chair {number}", encoding="utf-8")
+    return folder
+
+
+def opened(weights, decode, **sections):
+    return Pipeline.load(shop.config(weights, input={"decode": decode}, **sections))
+
+
+def test_answers_are_close_and_told_apart(weights, folder):
+    found, prints, pixels = {}, {}, {}
+    for decode in ("exact", "fast"):
+        with opened(weights, decode) as pipeline:
+            samples = pipeline.find(folder).samples
+            pixels[decode] = []
+            with pipeline.observe("image", lambda seen, into=pixels[decode]: into.append(seen.tensor)):
+                found[decode] = pipeline.predict(samples)
+            prints[decode] = pipeline.fingerprints(samples)
+            assert pipeline.resolved.decode == decode
+            assert pipeline.job_settings().resolved["decode"] == decode
+            missed = [line["what"] for line in collect.not_taken(pipeline, pipeline.run(samples)[1], [])]
+            assert ("fast decoding" in missed) == (decode == "exact")
+    exact, fast = torch.cat(pixels["exact"]), torch.cat(pixels["fast"])
+    assert not torch.equal(exact, fast)
+    assert torch.cosine_similarity(exact, fast).min() > 0.999
+    assert [one.label for one in found["exact"]] == [one.label for one in found["fast"]]
+    for kind in ("model", "numerics", "job"):
+        assert prints["exact"][kind] != prints["fast"][kind]
+
+
+def test_a_kept_embedding_is_of_its_own_mode(weights, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path))
+    both = {"image", "text"}
+    for decode, known in (("exact", set()), ("fast", {"text"}), ("fast", both), ("exact", both)):
+        with opened(weights, decode) as pipeline:
+            _, outcome = pipeline.run(pipeline.find(folder).samples)
+            assert set(outcome.recalled) == known
+
+
+def test_the_parts_of_a_second_look_have_enough_pixels(weights, folder, monkeypatch):
+    from mmpipe import feed
+
+    seen, load = [], feed.load_medium
+
+    def noting(modality, source, **settings):
+        medium = load(modality, source, **settings)
+        if modality == "image":
+            seen.append((isinstance(source, View), medium.size))
+        return medium
+
+    monkeypatch.setattr(feed, "load_medium", noting)
+    head = {"head": "transformer", "checkpoint": str(weights / "head.safetensors")}
+    again = {**head, "deliberate": {"below": 1.0, "views": 8}}
+    with opened(weights, "fast", fusion=again) as pipeline:
+        predictions = pipeline.predict(pipeline.find(folder).samples)
+    assert all(one.deliberated for one in predictions)
+    assert {part for part, _ in seen} == {True, False}
+    assert all(56 <= min(size) < 4 * 56 for _, size in seen)  # of the photos' 300 and more
+
+
+@pytest.mark.parametrize(("name", "parts", "sign"), [("Whole", 1, 1), ("Small", 8, 1), ("Faster", 8, -1)])
+def test_your_own_encoder_says_what_it_allows(tmp_path, monkeypatch, name, parts, sign):
+    monkeypatch.chdir(tmp_path)
+    Path("own_pictures.py").write_text(OWN, encoding="utf-8")
+    made = {"task": "embed", "encoders": {"image": {"model": f"own_pictures:{name}"}}, "runtime": {"batch_size": 4}}
+    Image.new("RGB", (800, 400), "white").save(tmp_path / "one.jpg")
+    prints = []
+    for decode, shrunk, turned in (("exact", 1, 1), ("fast", parts, sign)):
+        with Pipeline.load({**made, "input": {"decode": decode}}) as pipeline:
+            rows = []
+            with pipeline.observe("image", lambda seen, into=rows: into.append(seen.tensor)):
+                pipeline.embed([{"image": tmp_path / "one.jpg"}])
+            assert rows[0].tolist() == [[turned * 800 / shrunk, turned * 400 / shrunk, turned]]
+            prints.append(model_fingerprint(pipeline._built, pipeline.plan))
+            assert any("changes nothing" in note for note in pipeline.notes) == (decode == "fast" and name == "Whole")
+    assert (prints[0] == prints[1]) == (name == "Whole")
+
+
+def test_a_long_sound_is_heard_as_if_it_were_decoded_whole(weights, tmp_path, monkeypatch):
+    """What follows the window sounds into its end while resampling, and nothing beyond that is decoded."""
+    from mmpipe import feed
+
+    path, load, decoded = tmp_path / "long.wav", feed.load_medium, []
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 30 * 22_050), 22_050)
+
+    def whole(modality, source, **settings):
+        decoded.append(len(load(modality, source, **settings)[0]) / 22_050)
+        return load(modality, source)
+
+    with opened(weights, "exact", task="embed", fusion={}, labels=None) as pipeline:
+        heard = pipeline.embed([{"audio": path}])
+        monkeypatch.setattr(feed, "load_medium", whole)
+        assert np.array_equal(heard, pipeline.embed([{"audio": path}]))
+        assert pipeline._built.preparations["audio"].max_seconds < decoded[0] < 4

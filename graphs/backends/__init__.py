@@ -19,7 +19,7 @@ from mmpipe.graphs.plan import PRESENCE, GraphError, Plan, Segment
 
 Lowered = Callable[..., tuple[Tensor, ...]]
 
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "openvino", "onnx", "tensorrt")
 
 
 class Unlowerable(GraphError):

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
     "runtime.dtype": ("auto", "float32", "bfloat16"),
-    "runtime.backend": ("auto", "eager", "inductor"),
 }
 
 

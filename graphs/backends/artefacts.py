@@ -1,0 +1,85 @@
+"""What backends make, kept between runs: files that only their owner can have written, each pinned by its own hash.
+
+A compiled artefact is code. It is loaded only from a folder that is the user's alone, under a name that says what it
+was made of, and only where its bytes are still those that were written; in any other case it is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+_HASH_BYTES = hashlib.sha256().digest_size  # each file begins with the hash of the rest
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], bytes]) -> bytes:
+    """The bytes under `name` in `folder`; else what `make` gives, which is kept there. None: nothing is kept.
+
+    The folder is made if need be, with mode 0700. Where it is another's, open to others, or can't be written, nothing
+    of it is used, and a RuntimeWarning says so.
+    """
+    if folder is None:
+        return make()
+    fault = _fault(folder)
+    if fault is not None:
+        _warn(f"{folder} {fault}: what was compiled is not kept, and will be compiled again")
+        return make()
+    found = _read(folder / name)
+    if found is None:
+        found = make()
+        try:
+            _write(folder, name, found)
+        except OSError as error:
+            _warn(f"{folder}: {name} is not kept, and will be compiled again: {error.strerror or error}")
+    return found
+
+
+def _fault(folder: Path) -> str | None:
+    """Why the folder is not to be trusted, or None."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.stat(folder)
+    except OSError as error:
+        return f"can't be used ({error.strerror or error})"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}"
+    if found.st_mode & 0o077:
+        return f"is open to others (mode {stat.S_IMODE(found.st_mode):o}; chmod 700 would help)"
+    return None
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        # no link: it could lead out of the folder
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return None
+            recorded, content = file.read(_HASH_BYTES), file.read()
+    except OSError:
+        return None
+    return content if hashlib.sha256(content).digest() == recorded else None
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
+    """Whole or not at all, however many processes write the same."""
+    handle, path = tempfile.mkstemp(dir=folder)  # mode 0600
+    try:
+        with open(handle, "wb") as file:
+            file.write(hashlib.sha256(content).digest())
+            file.write(content)
+        os.replace(path, folder / name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -315,6 +315,36 @@ def autotune(
 
 
 @app.command()
+def bench(
+    config: ConfigArgument,
+    input: InputOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many samples to measure with.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs.")] = 3,
+    json_: Annotated[bool, typer.Option("--json", help="Print all that was measured as JSON.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """What exits, number type, backend and decoding each bring, on this machine and your media.
+
+    Runs the configuration as it is, and once more without each thing that it does fast, in turns. Ratios above 1 say
+    how much longer it takes without. "of bound": how near it comes to what decoding and computing alone would take.
+    """
+    with _reporting(as_json=json_):
+        loaded = _load(config, set_)
+        given = input is not None or loaded.input.folder is not None or loaded.input.manifest is not None
+        listing = _samples(loaded, input) if given else None
+        from mmpipe.bench import bench as measure
+        from mmpipe.bench import plain, table
+
+        samples = listing.samples[:limit] if listing else None
+        measured, count = measure(config, samples, made_up=limit, overrides=set_ or [], rounds=rounds, say=_say)
+        if json_:
+            _print(json.dumps(plain(measured, count)))
+            return
+        for line in table(measured, count):
+            _print(line)
+
+
+@app.command()
 def calibrate(
     config: ConfigArgument,
     input: InputOption = None,

@@ -82,9 +82,10 @@ def _implemented(config: Config) -> Iterator[Problem]:
                     )
             elif value not in known:
                 name = shown(value) if isinstance(value, (str, float, int)) else path.rpartition(".")[2]
-                choices = " or ".join(
+                *others, last = (
                     "null" if item is None else f"{item:g}" if isinstance(item, float) else str(item) for item in known
                 )
+                choices = f"{', '.join(others)} or {last}" if others else last
                 yield Problem(path, f"{name} is not implemented yet", f"use {choices}")
 
 

@@ -163,9 +163,8 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     ),
     # runtime
     (f"{START}runtime: {{schedule: paralel}}\n", 4, "runtime.schedule", "parallel"),
-    (f"{START}runtime: {{dtype: bfloat16}}\n", 4, "runtime.dtype", "use auto or float32"),
+    (f"{START}runtime: {{dtype: float16}}\n", 4, "runtime.dtype", "use auto, float32 or bfloat16"),
     (f"{START}runtime: {{dtype: int3}}\n", 4, "runtime.dtype", "bfloat16"),
-    (f"{START}runtime: {{backend: inductor}}\n", 4, "runtime.backend", "use auto or eager"),
     (f"{START}runtime: {{device: 'cuda:x'}}\n", 4, "runtime.device", "cuda:N"),
     (f"{START}runtime: {{device: gpu}}\n", 4, "runtime.device", "cuda:N"),
     (f"{START}runtime: {{batch_size: 513}}\n", 4, "runtime.batch_size", "1 to 512"),

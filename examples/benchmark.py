@@ -1,0 +1,286 @@
+"""The folder job against what people write today, side by side in one run: same media, same weights, same outputs.
+
+    python examples/full_size.py MODELS
+    python examples/benchmark_media.py MEDIA --n 200
+    python examples/benchmark.py MODELS MEDIA [--output benchmark.json]
+
+Every contender embeds every photo (CLIP ViT-B/32), text (MiniLM-L6) and sound (CLAP) of the folder. Rounds are
+interleaved in random order; medians of items a second, and ratios to the plain script of the same round with their
+spread. A contender whose embeddings are not those of the float32 script (cosine < 0.999) is marked.
+
+    script …        the loop that one writes: PIL, open_clip's transform, transformers' tokenizer and feature extractor,
+                    batches of 32, one modality after the other; with two DataLoader workers; with torch.compile
+    OpenVINO, ONNX  the same loop, the three modules converted
+    mmpipe …        mmpipe, exits off: in float32, as `auto` has it, with fast decoding
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmpipe import Pipeline
+from mmpipe.explain.collect import machine
+from mmpipe.loading import keep_freed_memory
+
+ROWS = 32
+MIN_COSINE = 0.999
+Embeddings = dict[str, Tensor]  # modality → [N, D], L2-normalised
+
+
+@dataclass
+class Contender:
+    """`run` embeds all items."""
+
+    name: str
+    run: Callable[[], Embeddings]
+    ready_seconds: float = 0.0  # to load or compile
+    seconds: list[float] = field(default_factory=list)
+    cosine: Mapping[str, float] = field(default_factory=dict)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+class Script:
+    """What one writes: each library's own preprocessing, each model's own module."""
+
+    def __init__(self, models: Path, dtype: torch.dtype) -> None:
+        import open_clip
+        from transformers import AutoModel, AutoTokenizer, ClapFeatureExtractor, ClapModel
+
+        self.dtype = dtype
+        self.clip, _, self.transform = open_clip.create_model_and_transforms(f"local-dir:{models / 'clip'}")
+        self.clip.eval().to(dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(models / "minilm")
+        self.minilm = AutoModel.from_pretrained(models / "minilm").eval().to(dtype)
+        self.extractor = ClapFeatureExtractor.from_pretrained(models / "clap")
+        self.clap = ClapModel.from_pretrained(models / "clap").eval().to(dtype)
+        self.modules: dict[str, Callable[..., Tensor]] = {
+            "image": lambda pixels: self.clip.encode_image(pixels.to(self.dtype)),
+            "text": self._text,
+            "audio": lambda mel: _features(self.clap.get_audio_features(input_features=mel.to(self.dtype))),
+        }
+
+    def _text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.minilm(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+    def load(self, item: Path) -> dict[str, tuple[Tensor, ...]]:
+        """One item, decoded and prepared."""
+        import soundfile
+        import soxr
+        from PIL import Image
+
+        pixels = self.transform(Image.open(item.with_suffix(".jpg")).convert("RGB"))
+        tokens = self.tokenizer(
+            item.with_suffix(".txt").read_text(), max_length=64, padding="max_length", truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        sound, rate_hz = soundfile.read(item.with_suffix(".wav"), dtype="float32", always_2d=True)
+        mono = soxr.resample(sound.mean(1), rate_hz, 48_000, quality="HQ")[: 10 * 48_000]
+        mel = self.extractor(mono, sampling_rate=48_000, return_tensors="pt")["input_features"]
+        return {"image": (pixels,), "text": (tokens["input_ids"][0], tokens["attention_mask"][0]), "audio": (mel[0],)}
+
+    def embed(self, batches: Iterator[dict[str, tuple[Tensor, ...]]]) -> Embeddings:
+        found: dict[str, list[Tensor]] = {name: [] for name in self.modules}
+        with torch.inference_mode():
+            for batch in batches:
+                for name, inputs in batch.items():
+                    found[name].append(nn.functional.normalize(self.modules[name](*inputs).float(), dim=-1))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def batches(self, items: Sequence[Path]) -> Iterator[dict[str, tuple[Tensor, ...]]]:
+        for start in range(0, len(items), ROWS):
+            yield collate([self.load(item) for item in items[start : start + ROWS]])
+
+    def workers(self, items: Sequence[Path], count: int) -> Iterator[dict[str, tuple[Tensor, ...]]]:
+        from torch.utils.data import DataLoader
+
+        class Items(torch.utils.data.Dataset[Any]):
+            def __len__(inner) -> int:
+                return len(items)
+
+            def __getitem__(inner, number: int) -> dict[str, tuple[Tensor, ...]]:
+                return self.load(items[number])
+
+        return iter(DataLoader(Items(), ROWS, num_workers=count, collate_fn=collate))
+
+
+def collate(rows: Sequence[dict[str, tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
+    return {name: tuple(map(torch.stack, zip(*(row[name] for row in rows), strict=True))) for name in rows[0]}
+
+
+def _features(result: Any) -> Tensor:
+    """transformers 5 wraps it."""
+    return result if isinstance(result, Tensor) else result.pooler_output
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def contenders(models: Path, media: Path, items: Sequence[Path], skip: Sequence[str]) -> Iterator[Contender]:
+    """Each made when it is its turn, as some take long to compile."""
+    made: dict[str, Callable[[], Callable[[], Embeddings]]] = {
+        "script, float32": lambda: script(models, items, torch.float32),
+        "script, bfloat16": lambda: script(models, items, torch.bfloat16),
+        "script, bfloat16, 2 workers": lambda: script(models, items, torch.bfloat16, workers=2),
+        "script, bfloat16, torch.compile": lambda: script(models, items, torch.bfloat16, compiled=True),
+        "script, OpenVINO bfloat16": lambda: openvino_script(models, items, "bf16"),
+        "script, ONNX Runtime float32": lambda: onnx_script(models, items),
+        "mmpipe, float32": lambda: mmpipe(models, media, ["runtime.dtype=float32"]),
+        "mmpipe": lambda: mmpipe(models, media, []),
+        "mmpipe, fast decoding": lambda: mmpipe(models, media, ["input.decode=fast"]),
+    }
+    for name, make in made.items():
+        if any(word in name for word in skip):
+            continue
+        began = time.perf_counter()
+        try:
+            run = make()
+            run_once = Contender(name, run)
+            run_once.ready_seconds = time.perf_counter() - began
+        except ImportError as error:
+            print(f"{name}: left out, {error}")
+            continue
+        yield run_once
+
+
+def script(
+    models: Path, items: Sequence[Path], dtype: torch.dtype, *, workers: int = 0, compiled: bool = False
+) -> Callable[[], Embeddings]:
+    made = Script(models, dtype)
+    if compiled:
+        made.clip.visual = torch.compile(made.clip.visual, dynamic=False)
+        made.minilm = torch.compile(made.minilm, dynamic=False)
+        made.clap.audio_model = torch.compile(made.clap.audio_model, dynamic=False)
+        made.embed(made.batches(items[:ROWS]))
+    return lambda: made.embed(made.workers(items, workers) if workers else made.batches(items))
+
+
+class _Tower(nn.Module):
+    def __init__(self, module: nn.Module, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(*inputs)
+
+
+def openvino_script(models: Path, items: Sequence[Path], hint: str) -> Callable[[], Embeddings]:
+    import openvino
+
+    made = Script(models, torch.float32)
+    example = collate([made.load(items[0])] * ROWS)
+    for name, tower in _towers(made).items():
+        model = openvino.convert_model(tower, example_input=example[name])
+        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        made.modules[name] = lambda *inputs, run=compiled: torch.from_numpy(run([i.numpy() for i in inputs])[0])
+    return lambda: made.embed(made.batches(items))
+
+
+def onnx_script(models: Path, items: Sequence[Path]) -> Callable[[], Embeddings]:
+    import onnxruntime
+
+    made = Script(models, torch.float32)
+    example = collate([made.load(items[0])] * ROWS)
+    for name, tower in _towers(made).items():
+        batch = torch.export.Dim("batch", min=1, max=512)
+        program = torch.onnx.export(
+            tower, example[name], dynamo=True, verbose=False,
+            dynamic_shapes=(tuple({0: batch} for _ in example[name]),),
+        )  # fmt: skip
+        assert program is not None
+        session = onnxruntime.InferenceSession(
+            program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        names = [given.name for given in session.get_inputs()]
+        made.modules[name] = lambda *inputs, run=session, names=names: torch.from_numpy(
+            run.run(None, {n: i.numpy() for n, i in zip(names, inputs, strict=True)})[0]
+        )
+    return lambda: made.embed(made.batches(items))
+
+
+def _towers(made: Script) -> dict[str, nn.Module]:
+    held = {"image": made.clip, "text": made.minilm, "audio": made.clap}
+    return {name: _Tower(held[name], made.modules[name]).eval() for name in held}
+
+
+def mmpipe(models: Path, media: Path, overrides: Sequence[str]) -> Callable[[], Embeddings]:
+    pipeline = Pipeline.load(str(models / "clip_clap.yaml"), overrides=["runtime.cache=off", *overrides])
+    samples = pipeline.find(media).samples
+    dims = {name: preparation.dim for name, preparation in pipeline.built.preparations.items()}
+    pipeline.predict(samples[:ROWS])
+
+    def run() -> Embeddings:
+        rows = torch.from_numpy(np.ascontiguousarray(pipeline.embed(samples)))
+        return dict(zip(dims, rows.split(list(dims.values()), dim=1), strict=True))
+
+    return run
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def measure(found: Sequence[Contender], rounds: int) -> None:
+    wanted: Embeddings = {}
+    shuffled = random.Random(0)
+    for number in range(rounds):
+        for one in shuffled.sample(list(found), len(found)) if number else found:
+            began = time.perf_counter()
+            embeddings = one.run()
+            one.seconds.append(time.perf_counter() - began)
+            print(f"  round {number + 1}: {one.name:<34} {one.seconds[-1]:8.2f} s", flush=True)
+            wanted = wanted or embeddings
+            one.cosine = {name: float((wanted[name] * embeddings[name]).sum(1).min()) for name in wanted}
+
+
+def table(found: Sequence[Contender], count: int) -> Iterator[str]:
+    base = next((one for one in found if one.name == "script, bfloat16"), found[0])
+    yield f"| | items/s | × the {base.name} | least cosine to float32 | ready after |"
+    yield "|---|---|---|---|---|"
+    for one in found:
+        ratios = sorted(b / a for a, b in zip(one.seconds, base.seconds, strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        least = min(one.cosine.values())
+        flag = "" if least >= MIN_COSINE else " **not at parity**"
+        rate = count / statistics.median(one.seconds)
+        yield f"| {one.name} | {rate:.1f} | {spread} | {least:.5f}{flag} | {one.ready_seconds:.0f} s |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path)
+    parser.add_argument("media", type=Path)
+    parser.add_argument("--n", type=int, help="only so many items")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], help="contenders whose name has one of these words")
+    parser.add_argument("--output", type=Path, help="all that was measured, as JSON")
+    options = parser.parse_args()
+    keep_freed_memory()  # for every contender alike
+    items = sorted(path.with_suffix("") for path in options.media.glob("*.jpg"))[: options.n]
+    print(f"{len(items)} items; {machine()}")
+    found = list(contenders(options.models, options.media, items, options.skip))
+    measure(found, options.rounds)
+    print("\n".join(["", *table(found, len(items))]))
+    if options.output:
+        plain = [{key: value for key, value in vars(one).items() if key != "run"} for one in found]
+        options.output.write_text(
+            json.dumps({"machine": machine(), "items": len(items), "contenders": plain}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,8 @@ spread. A contender whose embeddings are not those of the float32 script (cosine
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import statistics
@@ -140,9 +142,9 @@ def contenders(models: Path, media: Path, items: Sequence[Path], skip: Sequence[
         "script, bfloat16, torch.compile": lambda: script(models, items, torch.bfloat16, compiled=True),
         "script, OpenVINO bfloat16": lambda: openvino_script(models, items, "bf16"),
         "script, ONNX Runtime float32": lambda: onnx_script(models, items),
-        "mmpipe, float32": lambda: mmpipe(models, media, ["runtime.dtype=float32"]),
-        "mmpipe": lambda: mmpipe(models, media, []),
-        "mmpipe, fast decoding": lambda: mmpipe(models, media, ["input.decode=fast"]),
+        "mmpipe, float32": lambda: mmpipe(models, media, items, ["runtime.dtype=float32"]),
+        "mmpipe": lambda: mmpipe(models, media, items, []),
+        "mmpipe, fast decoding": lambda: mmpipe(models, media, items, ["input.decode=fast"]),
     }
     for name, make in made.items():
         if any(word in name for word in skip):
@@ -182,11 +184,9 @@ class _Tower(nn.Module):
 def openvino_script(models: Path, items: Sequence[Path], hint: str) -> Callable[[], Embeddings]:
     import openvino
 
-    made = Script(models, torch.float32)
-    example = collate([made.load(items[0])] * ROWS)
-    for name, tower in _towers(made).items():
-        model = openvino.convert_model(tower, example_input=example[name])
-        compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    made, core = Script(models, torch.float32), openvino.Core()
+    for name, content in exported(made, items).items():
+        compiled = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": hint})
         made.modules[name] = lambda *inputs, run=compiled: torch.from_numpy(run([i.numpy() for i in inputs])[0])
     return lambda: made.embed(made.batches(items))
 
@@ -195,17 +195,8 @@ def onnx_script(models: Path, items: Sequence[Path]) -> Callable[[], Embeddings]
     import onnxruntime
 
     made = Script(models, torch.float32)
-    example = collate([made.load(items[0])] * ROWS)
-    for name, tower in _towers(made).items():
-        batch = torch.export.Dim("batch", min=1, max=512)
-        program = torch.onnx.export(
-            tower, example[name], dynamo=True, verbose=False,
-            dynamic_shapes=(tuple({0: batch} for _ in example[name]),),
-        )  # fmt: skip
-        assert program is not None
-        session = onnxruntime.InferenceSession(
-            program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+    for name, content in exported(made, items).items():
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         names = [given.name for given in session.get_inputs()]
         made.modules[name] = lambda *inputs, run=session, names=names: torch.from_numpy(
             run.run(None, {n: i.numpy() for n, i in zip(names, inputs, strict=True)})[0]
@@ -213,14 +204,30 @@ def onnx_script(models: Path, items: Sequence[Path]) -> Callable[[], Embeddings]
     return lambda: made.embed(made.batches(items))
 
 
+def exported(made: Script, items: Sequence[Path]) -> dict[str, bytes]:
+    """Each module as an ONNX file, for any number of rows."""
+    example = collate([made.load(items[0])] * 2)
+    batch = torch.export.Dim("batch", min=1, max=512)
+    torch.backends.mha.set_fastpath_enabled(False)  # its kernels have no form in ONNX
+    found = {}
+    for name, tower in _towers(made).items():
+        shapes = (tuple({0: batch} for _ in example[name]),)
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            program = torch.onnx.export(tower, example[name], dynamo=True, verbose=False, dynamic_shapes=shapes)
+        assert program is not None
+        found[name] = program.model_proto.SerializeToString()
+    torch.backends.mha.set_fastpath_enabled(True)
+    return found
+
+
 def _towers(made: Script) -> dict[str, nn.Module]:
     held = {"image": made.clip, "text": made.minilm, "audio": made.clap}
     return {name: _Tower(held[name], made.modules[name]).eval() for name in held}
 
 
-def mmpipe(models: Path, media: Path, overrides: Sequence[str]) -> Callable[[], Embeddings]:
+def mmpipe(models: Path, media: Path, items: Sequence[Path], overrides: Sequence[str]) -> Callable[[], Embeddings]:
     pipeline = Pipeline.load(str(models / "clip_clap.yaml"), overrides=["runtime.cache=off", *overrides])
-    samples = pipeline.find(media).samples
+    samples = pipeline.find(media).samples[: len(items)]
     dims = {name: preparation.dim for name, preparation in pipeline.built.preparations.items()}
     pipeline.predict(samples[:ROWS])
 

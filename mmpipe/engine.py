@@ -116,6 +116,7 @@ class Engine:
         flying: deque[tuple[Sequence[Sample], Feed]] = deque()
 
         def shard_of(samples: Sequence[Sample]) -> Shard:
+            samples = list(samples)  # a listing makes a sample whenever it is asked for one
             feed = Feed(samples, self.built.preparations, plan, self.limits, ahead, recall=recall)
             flying.append((samples, feed))
             present_NM = torch.tensor(

@@ -76,7 +76,7 @@ class MediaCells:
             return _note(modality, "can’t be shown", "broken")
 
     def _image(self, source: Any, name: str) -> str:
-        picture = load("image", source, limits=self.limits)
+        picture = load("image", source, limits=self.limits, smallest_side=2 * THUMBNAIL_PIXELS)
         picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         buffer = BytesIO()
         picture.save(buffer, "JPEG", quality=82, optimize=True)

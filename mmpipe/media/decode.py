@@ -95,12 +95,13 @@ def estimate_bytes(
                 image.estimate_memory_bytes if modality == "image" else audio.estimate_memory_bytes
             )
             return of_memory(source) + _UNKNOWN_BYTES
+        if modality == "text":  # the bytes, and up to four for each of them as text
+            size_bytes = os.stat(source).st_size if isinstance(source, str | os.PathLike) else memoryview(source).nbytes
+            return 5 * min(size_bytes, int(limits.text_kilobytes * 1e3)) + _UNKNOWN_BYTES
         with opened(modality, source, limits) as (file, size_bytes):
             if modality == "image":
                 return image.estimate_file_bytes(file, limits, smallest_side) + _UNKNOWN_BYTES
-            if modality == "audio":
-                return audio.estimate_file_bytes(file, size_bytes, limits, max_seconds) + _UNKNOWN_BYTES
-            return 5 * size_bytes + _UNKNOWN_BYTES  # the bytes, and up to four for each of them as text
+            return audio.estimate_file_bytes(file, size_bytes, limits, max_seconds) + _UNKNOWN_BYTES
     except Exception:  # noqa: BLE001 - load says what is wrong; this is only a guess
         return _UNKNOWN_BYTES
 

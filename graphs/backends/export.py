@@ -13,7 +13,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from operator import attrgetter
 from types import ModuleType
@@ -30,6 +30,7 @@ from mmpipe.graphs.plan import GraphError, Segment
 
 OPSET = 18  # the newest that all three read in full
 _LIMIT_BYTES = 2**31 - 2**24  # protobuf's, less what the graph may take beside its weights
+_INPUT = "in_"
 _NOISY = ("torch", "onnxscript", "onnx_ir")  # loggers
 
 
@@ -39,6 +40,11 @@ def needed(extra: str, *names: str) -> ModuleType:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
     raise Unlowerable(f'{" or ".join(names)} is not installed: pip install "mmpipe[{extra}]"')
+
+
+def places_of(names: Iterable[str]) -> dict[str, int]:
+    """Inputs of what was made of an export → their places in the segment's. One read for its size alone is gone."""
+    return {name: int(name.removeprefix(_INPUT)) for name in names}
 
 
 def onnx_of(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> bytes:
@@ -77,7 +83,7 @@ def _export(segment: Segment, module: fx.GraphModule, examples: Sequence[Tensor]
                 tuple(example.cpu().clone() for example in examples),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[f"in_{place}" for place in range(len(examples))],
+                input_names=[f"{_INPUT}{place}" for place in range(len(examples))],
                 output_names=[f"out_{place}" for place in range(len(outputs))],
                 verbose=False,
             )

@@ -58,10 +58,6 @@ def onnx_of(segment: Segment, module: fx.GraphModule, target: Target, examples: 
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     if [len(example) for example in examples] != [target.rows] * len(inputs):
         raise GraphError(f"{segment.name}: needs an example of {target.rows} rows for each of its {len(inputs)} inputs")
-    names = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    size = sum(attrgetter(name)(module).nbytes for name in names)
-    if size > _LIMIT_BYTES:
-        raise Unlowerable(f"{segment.name}: {size / 1e9:.1f} GB of weights; an ONNX file holds 2 GB")
     name = f"{_name(module, target, examples)}.onnx"
     return kept(target.folder, name, lambda: _export(segment, module, examples))
 
@@ -75,11 +71,15 @@ def _name(module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) ->
 
 
 def _export(segment: Segment, module: fx.GraphModule, examples: Sequence[Tensor]) -> bytes:
+    host = _on_host(module)
+    size = sum(tensor.nbytes for tensor in host.state_dict().values())
+    if size > _LIMIT_BYTES:
+        raise Unlowerable(f"{segment.name}: {size / 1e9:.1f} GB of weights; an ONNX file holds 2 GB")
     outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad():
             program = torch.onnx.export(
-                _on_host(module),
+                host,
                 tuple(example.cpu().clone() for example in examples),
                 dynamo=True,
                 opset_version=OPSET,

@@ -13,7 +13,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from operator import attrgetter
 from types import ModuleType
@@ -30,6 +30,7 @@ from mmpipe.graphs.plan import GraphError, Segment
 
 OPSET = 18  # the newest that all three read in full
 _LIMIT_BYTES = 2**31 - 2**24  # protobuf's, less what the graph may take beside its weights
+_INPUT = "in_"
 _NOISY = ("torch", "onnxscript", "onnx_ir")  # loggers
 
 
@@ -39,6 +40,11 @@ def needed(extra: str, *names: str) -> ModuleType:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
     raise Unlowerable(f'{" or ".join(names)} is not installed: pip install "mmpipe[{extra}]"')
+
+
+def places_of(names: Iterable[str]) -> dict[str, int]:
+    """Inputs of what was made of an export → their places in the segment's. One read for its size alone is gone."""
+    return {name: int(name.removeprefix(_INPUT)) for name in names}
 
 
 def onnx_of(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> bytes:
@@ -52,10 +58,6 @@ def onnx_of(segment: Segment, module: fx.GraphModule, target: Target, examples: 
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     if [len(example) for example in examples] != [target.rows] * len(inputs):
         raise GraphError(f"{segment.name}: needs an example of {target.rows} rows for each of its {len(inputs)} inputs")
-    names = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    size = sum(attrgetter(name)(module).nbytes for name in names)
-    if size > _LIMIT_BYTES:
-        raise Unlowerable(f"{segment.name}: {size / 1e9:.1f} GB of weights; an ONNX file holds 2 GB")
     name = f"{_name(module, target, examples)}.onnx"
     return kept(target.folder, name, lambda: _export(segment, module, examples))
 
@@ -69,15 +71,19 @@ def _name(module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) ->
 
 
 def _export(segment: Segment, module: fx.GraphModule, examples: Sequence[Tensor]) -> bytes:
+    host = _on_host(module)
+    size = sum(tensor.nbytes for tensor in host.state_dict().values())
+    if size > _LIMIT_BYTES:
+        raise Unlowerable(f"{segment.name}: {size / 1e9:.1f} GB of weights; an ONNX file holds 2 GB")
     outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad():
             program = torch.onnx.export(
-                _on_host(module),
+                host,
                 tuple(example.cpu().clone() for example in examples),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[f"in_{place}" for place in range(len(examples))],
+                input_names=[f"{_INPUT}{place}" for place in range(len(examples))],
                 output_names=[f"out_{place}" for place in range(len(outputs))],
                 verbose=False,
             )

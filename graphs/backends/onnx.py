@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
-from mmpipe.graphs.backends.export import needed, onnx_of
+from mmpipe.graphs.backends.export import needed, onnx_of, places_of
 from mmpipe.graphs.plan import Segment
 
 
@@ -27,10 +27,10 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise Unlowerable(f"{segment.name}: the ONNX Runtime can't take it: {error}") from error
-    names = [given.name for given in session.get_inputs()]
+    places = places_of(given.name for given in session.get_inputs())
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        found = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
+        found = session.run(None, {name: tensors[place].numpy() for name, place in places.items()})
         return tuple(map(torch.from_numpy, found))
 
     return run

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
 from mmpipe.graphs.backends.artefacts import kept
-from mmpipe.graphs.backends.export import needed, onnx_of
+from mmpipe.graphs.backends.export import needed, onnx_of, places_of
 from mmpipe.graphs.plan import Segment
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -116,7 +116,7 @@ class _Context:
         self.context.set_device_memory(self.memory.data_ptr(), size)
         names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
         made = [name for name in names if engine.get_tensor_mode(name) == package.TensorIOMode.OUTPUT]
-        self.inputs = [name for name in names if name not in made]
+        self.places = places_of(name for name in names if name not in made)
         kinds = {getattr(package.DataType, theirs): ours for theirs, ours in _KINDS.items()}
         self.outputs = tuple(
             torch.empty(tuple(engine.get_tensor_shape(name)), dtype=kinds[engine.get_tensor_dtype(name)], device=device)
@@ -126,8 +126,8 @@ class _Context:
             self.context.set_tensor_address(name, tensor.data_ptr())
 
     def __call__(self, stream: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        for name, tensor in zip(self.inputs, tensors, strict=True):
-            self.context.set_tensor_address(name, tensor.data_ptr())
+        for name, place in self.places.items():
+            self.context.set_tensor_address(name, tensors[place].data_ptr())
         if not self.context.execute_async_v3(stream):
             raise RuntimeError("TensorRT could not enqueue the engine")
         return self.outputs

@@ -1,0 +1,74 @@
+"""The part of a graph that must stay in float32 where the rest doesn't: from a waveform to its log spectrum.
+
+What is quiet in a spectrum is a small difference of large numbers, and the logarithm shows it: of eight bits, little
+but noise is left of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_LOGARITHMS = {aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default}
+_LEARNED = ("norm", "softmax", "attention", "relu", "gelu", "silu", "tanh")  # in what a spectrum is not made of
+
+
+def split(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+    """inputs → (front: inputs → values; rest: inputs and values → outputs); None where there is no such spectrum."""
+    nodes = list(module.graph.nodes)
+    front: set[fx.Node] = set()
+    for node in nodes:
+        if node.target in _LOGARITHMS:
+            before = _before(node)
+            if not any(word in str(one.target) for one in before if one.op == "call_function" for word in _LEARNED):
+                front |= before
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    crossing = [
+        node
+        for node in nodes
+        if node in front and node.op == "call_function" and any(user not in front for user in node.users)
+    ]
+    if not crossing or not all(_is_tensor(node) for node in crossing):
+        return None
+    rest = {node for node in nodes if node.op == "get_attr" or (node not in front and node.op != "placeholder")}
+    return _part(module, inputs, front, crossing), _part(module, [*inputs, *crossing], rest, None)
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it depends on."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting.extend(current.all_input_nodes)
+    return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return "mmpipe" in node.meta and node.meta["mmpipe"].shape is not None
+
+
+def _part(
+    module: fx.GraphModule, inputs: Collection[fx.Node], inside: Collection[fx.Node], writes: list[fx.Node] | None
+) -> fx.GraphModule:
+    """The nodes `inside` as a module of their own. `writes` None: what the whole module returns."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copied[node] = graph.placeholder(node.name)
+        copied[node].meta = dict(node.meta)
+    for node in module.graph.nodes:
+        if node in inside and node not in copied:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    if writes is not None:
+        graph.output(tuple(copied[node] for node in writes))
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    return fx.GraphModule(module, graph).eval()

@@ -37,7 +37,7 @@ def encoder(name, models):
 @pytest.mark.parametrize("name", ["minilm", "bert", "vit", "clip", "open_clip"])
 def test_depth_exits(name, models, tmp_path):
     modality, settings, media, layers = encoder(name, models)
-    base = {"labels": LABELS, "encoders": {modality: settings}, "runtime": {"batch_size": 4}}
+    base = {"labels": LABELS, "encoders": {modality: settings}, "runtime": {"batch_size": 4, "dtype": "float32"}}
     places = [f"{modality}.layer1", f"{modality}.layer{layers - 1}"][: layers - 1]
     exits = [{"after": place, "threshold": 0.5} for place in places]
     samples = [{"id": str(n), modality: medium} for n, medium in enumerate(media)]

@@ -85,7 +85,7 @@ def zero_shot(models, exits=(), **sections):
         "encoders": three(models),
         "fusion": {"head": "zero_shot", "modalities": modalities, "exits": list(exits)},
         "output": {"probabilities": True, "embeddings": True},
-        "runtime": {"batch_size": 8},
+        "runtime": {"batch_size": 8, "dtype": "float32"},
     }
     return {**made, **sections}
 
@@ -173,7 +173,9 @@ def test_exits_answer_by_what_they_saw_and_open_nothing_else(staged, samples, re
 
 
 def test_embed_is_the_modules_normalised(models, samples, reference):
-    with Pipeline.load({"task": "embed", "encoders": three(models), "runtime": {"batch_size": 8}}) as made:
+    with Pipeline.load(
+        {"task": "embed", "encoders": three(models), "runtime": {"batch_size": 8, "dtype": "float32"}}
+    ) as made:
         predictions, rows = made.predict(samples), made.embed(samples)
     for row, (prediction, together) in enumerate(zip(predictions, rows, strict=True)):
         parts = []
@@ -213,7 +215,7 @@ def test_a_row_s_bits_with_any_mix_of_modalities(staged, samples):
 
 def test_exits_that_never_fire_are_the_full_pipeline_at_any_size_of_bucket(models, full, samples):
     never = [{**exit_, "threshold": 1.0} for exit_ in EXITS]
-    with Pipeline.load(zero_shot(models, never, runtime={"batch_size": 30})) as made:
+    with Pipeline.load(zero_shot(models, never, runtime={"batch_size": 30, "dtype": "float32"})) as made:
         assert made.resolved.batch_size == 32
         got = made.predict(samples)
         assert_same_alone_and_in_any_order(made, samples)
@@ -223,7 +225,7 @@ def test_exits_that_never_fire_are_the_full_pipeline_at_any_size_of_bucket(model
 
 
 def test_a_bucket_of_one(models, full, samples):
-    with Pipeline.load(zero_shot(models, runtime={"batch_size": 1})) as made:
+    with Pipeline.load(zero_shot(models, runtime={"batch_size": 1, "dtype": "float32"})) as made:
         assert made.resolved.batch_size == 1
         for one, other in zip(made.predict(samples[:8]), full.predict(samples[:8]), strict=True):
             assert close(one.probabilities, other.probabilities)
@@ -311,7 +313,7 @@ def test_a_depth_exit_is_the_probe_on_the_module_s_state(models, media, place, t
             "encoders": {modality: section},
             "fusion": {"head": "linear", "checkpoint": str(file), **fusion},
             "output": {"probabilities": True},
-            "runtime": {"batch_size": 8},
+            "runtime": {"batch_size": 8, "dtype": "float32"},
         }
 
     samples = [{"id": str(row), modality: medium} for row, medium in enumerate(media[modality])]

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mmpipe.graphs.attention import join_attention, merge_products
 from mmpipe.graphs.fuse import FusedGraph, get_tensor, mark_of, outputs_of, set_tensor
+from mmpipe.graphs.layout import straighten
 from mmpipe.graphs.plan import GraphError
 
 aten = torch.ops.aten
@@ -33,10 +35,11 @@ _FOLD_BYTES = 1 << 20  # … unless it is small anyway
 def optimise(graph: FusedGraph) -> dict[str, int]:
     """All passes in their order; returns what each says: nodes removed, bytes saved, products aligned."""
     removed = {}
-    aligners = (align_products, align_attention)
-    for one in (drop_noops, share_weights, fold_constants, fold_normalisation, merge_common, *aligners):
-        removed[one.__name__] = one(graph)
+    tidy = (drop_noops, share_weights, fold_constants, fold_normalisation, merge_common)
+    for one in (*tidy, join_attention, merge_products, straighten, merge_common, align_products, align_attention):
+        removed[one.__name__] = removed.get(one.__name__, 0) + one(graph)
         verify(graph)
+    _drop_unread_tensors(graph)
     graph.recompile()
     return removed
 

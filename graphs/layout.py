@@ -84,8 +84,8 @@ class _Chains:
                 self._roots[node] = found.pop() if len(found) == 1 else None
             else:
                 mark = mark_of(node)
-                known = mark.batch_leads and _product(mark.shape[1:]) <= _MOST_NUMBERS  # type: ignore[index]
-                self._roots[node] = node if known and node.op != "get_attr" else None
+                known = node.op != "get_attr" and 0 < _per_sample(mark.shape) <= _MOST_NUMBERS
+                self._roots[node] = node if known else None
         return self._roots[node]
 
     def index(self, node: fx.Node, batch: int) -> Any:
@@ -96,8 +96,9 @@ class _Chains:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._argument(n, batch))
                 self._indices[key] = node.target(*args, **kwargs)  # type: ignore[operator]
             else:
-                shape = (batch, *mark_of(node).shape[1:])  # type: ignore[index]
-                self._indices[key] = torch.arange(_product(shape), dtype=torch.int32).reshape(shape)
+                shape: Any = mark_of(node).shape
+                count = batch * _per_sample(shape)
+                self._indices[key] = torch.arange(count, dtype=torch.int32).reshape(-1, *shape[1:])
         return self._indices[key]
 
     def _argument(self, node: fx.Node, batch: int) -> Any:
@@ -189,7 +190,7 @@ def _radix(places: list[int]) -> list[tuple[int, int]] | None:
 def _views(root: tuple[int | str, ...], base: int, digits: Sequence[Sequence[Digit]]) -> list[Step] | None:
     """The chain as view, select, permute, reshape; None where it takes a part of a dimension, or repeats one."""
     order = sorted((digit.stride, dim, place) for dim, line in enumerate(digits) for place, digit in enumerate(line))
-    per_row = _product(root[1:])
+    per_row = _per_sample(root)
     view: list[tuple[Digit, tuple[int, int] | int]] = []  # the fastest first; with its place in the result, or what is picked
     reached = 1
     for stride, dim, place in order:
@@ -239,7 +240,7 @@ def _merged(line: Sequence[Digit]) -> int | str:
 
 def _rows(indices: Sequence[Tensor], root: tuple[int | str, ...], shape: tuple[int | str, ...]) -> tuple[Tensor, int] | None:
     """The chain as a choice of rows, the same for every sample: (which rows, numbers of a row); None where it is none."""
-    width, per_row = int(indices[0].shape[-1]), _product(root[1:])
+    width, per_row = int(indices[0].shape[-1]), _per_sample(root)
     if not isinstance(shape[0], str) or per_row % width:
         return None
     for _ in range(2):  # rows as wide as the result's last dimension, else as the root's
@@ -277,11 +278,12 @@ def _shorten(graph: FusedGraph, node: fx.Node, users: list[fx.Node], chains: _Ch
     assert from_ is not None and to is not None
     read = _digits(indices)
     steps = None if read is None else _views(from_, *read)
-    if steps is None:
+    if steps is None or (_copies(steps) and root.target not in _TURNED):
         chosen = _rows(indices, from_, to)
-        if chosen is None or chosen[0].numel() * chosen[1] < _product(from_[1:]):
-            return  # a few rows of many are seen, not copied
-        steps = _gather(graph, node, chosen, from_, to)
+        if chosen is not None and chosen[0].numel() * chosen[1] == _per_sample(from_):
+            steps = _gather(graph, node, chosen, from_, to)
+    if steps is None:
+        return
     if len(steps) > length or (len(steps) == length and node.target not in _COPIES):
         return
     made = _write(graph, node, root, steps)
@@ -291,8 +293,15 @@ def _shorten(graph: FusedGraph, node: fx.Node, users: list[fx.Node], chains: _Ch
         user.replace_input_with(node, made)
 
 
+# whose result lies in another order than its shape tells
+_TURNED = {aten.scaled_dot_product_attention.default, aten.conv1d.default, aten.conv2d.default}
 # what would take a transposed operand apart
 _STRICT = {aten.linear.default, aten.matmul.default, aten.bmm.default, aten.conv1d.default, aten.conv2d.default}
+
+
+def _copies(steps: Sequence[Step]) -> bool:
+    """Whether dimensions are joined that were moved."""
+    return len(steps) > 1 and steps[-1][0] is aten.reshape.default and steps[-2][0] is aten.permute.default
 
 
 def _gather(
@@ -301,7 +310,7 @@ def _gather(
     rows, width = chosen
     name = f"{mark_of(node).branch}.folded.rows_of_{node.name}"
     set_tensor(graph, name, rows)
-    table = ("B", _product(root[1:]) // width, width)
+    table = ("B", _per_sample(root) // width, width)
     picked = ("B", rows.numel(), width)
     steps: list[Step] = [] if table == root else [(aten.reshape.default, ([-1, *table[1:]],), table)]
     steps.append((aten.index_select.default, (1, name), picked))
@@ -351,7 +360,7 @@ def _batch_first(graph: FusedGraph, linear: fx.Node, chains: _Chains) -> None:
     others = [where for where in flat if where != leads[0]]
     ordered = [[digits[dim][place]], [digits[d][p] for d, p in others], digits[-1]]
     steps = _views(from_, 0, ordered)
-    if steps is None or _product([_numbers(line) for line in ordered]) != _product(from_[1:]):
+    if steps is None or _product([_numbers(line) for line in ordered]) != _per_sample(from_):
         return
     # the product of rows with the batch first …
     first = _dense(graph, linear, _write(graph, linear, root, steps), steps) if steps else root
@@ -377,6 +386,14 @@ def _batch_first(graph: FusedGraph, linear: fx.Node, chains: _Chains) -> None:
 
 def _numbers(line: Sequence[Digit]) -> int:
     return _product([digit.batch or digit.size for digit in line])
+
+
+def _per_sample(shape: tuple[int | str, ...] | None) -> int:
+    """Numbers of a value for each sample; 0 where the batch does not lead, or is not alone symbolic."""
+    if not shape or not isinstance(shape[0], str) or not all(isinstance(size, int) for size in shape[1:]):
+        return 0
+    times = "1" if shape[0] == "B" else shape[0].removesuffix("*B")
+    return _product([times, *shape[1:]]) if times.isdigit() else 0
 
 
 def _product(sizes: Sequence[Any]) -> int:

@@ -39,6 +39,7 @@ _STATISTICS = {
     *(aten.linalg_vector_norm.default, aten.cumsum.default, aten.logsumexp.default, aten.norm.ScalarOpt_dim),
     aten.to.dtype,  # the model asks for it
 }
+_MOVES = {aten.expand.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.permute.default}
 # With float32 weights beside a shorter input; a CPU mixes them, and keeps the weights' digits.
 _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default}
 
@@ -117,6 +118,8 @@ class _Lowering:
             return node
         if node.op == "get_attr":
             return self._constant(node)
+        if node.target in _MOVES and _is_float(node.args[0]):
+            return self._moved(node)
         if node not in self.casts:
             limits = torch.finfo(self.dtype)
             with self.graph.inserting_before(user):
@@ -126,6 +129,15 @@ class _Lowering:
             within.meta["mmpipe"] = cast.meta["mmpipe"] = node.meta.get("mmpipe")
             self.casts[node] = cast
             self.short.add(cast)
+        return self.casts[node]
+
+    def _moved(self, node: fx.Node) -> fx.Node:
+        """A constant, repeated: what it is made of is shortened, once, not what it becomes at every call."""
+        if node not in self.casts:
+            given = self._shortened(node.args[0], node)
+            with self.graph.inserting_before(node):
+                self.casts[node] = self.graph.node_copy(node, lambda n: given if n is node.args[0] else n)
+            self.short.add(self.casts[node])
         return self.casts[node]
 
     def _constant(self, node: fx.Node) -> fx.Node:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target
+from mmpipe.graphs.backends.packed import packed
 from mmpipe.graphs.plan import Segment
 from mmpipe.graphs.precision import lowered
 
@@ -20,6 +22,8 @@ from mmpipe.graphs.precision import lowered
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
     """The function; torch.fx's own where the graph holds calls of modules (a user put them in)."""
     short = lowered(module, target.dtype)
+    if target.dtype == torch.bfloat16:
+        short = packed(short)
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward
     return _Writer(short).function(segment.name)

@@ -1,0 +1,115 @@
+"""Products with weights that are laid out for this processor once, not at every call, and with what follows in them.
+
+    linear(x, W, b)              → one operation of oneDNN on the packed W
+    activation(linear(x, W, b))  → the same, the activation taken while the result is in the registers
+    linear(x, W, b) + y          → the same, added to y there
+
+In bfloat16 on a CPU: there torch lays W out anew in every call, which for a few rows is half of the time. In float32 it
+doesn't, and the plain operation is as fast.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx
+
+from mmpipe.graphs.fuse import get_tensor, mark_of, set_tensor
+
+aten = torch.ops.aten
+
+_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "swish", aten.gelu.default: "gelu"}
+_LEAST = 16  # features in and out: below it packing gains nothing
+
+
+def available() -> bool:
+    """Whether this torch has oneDNN's operations, and this processor multiplies bfloat16 in them."""
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def packed(module: fx.GraphModule, *, own: bool = False) -> fx.GraphModule:
+    """A copy of a lowered module with its bfloat16 products packed; the module itself where there are none.
+
+    Weights are shared with the original, not copied, but those that are packed.
+    """
+    nodes = [node for node in module.graph.nodes if _fits(module, node)]
+    if not nodes or not available():
+        return module
+    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in list(made.graph.nodes):
+        if _fits(made, node):
+            _pack(made, node)
+    made.graph.eliminate_dead_code()
+    read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in made.named_buffers(remove_duplicate=False) if name not in read]:
+        path, _, last = name.rpartition(".")
+        delattr(made.get_submodule(path), last)
+    made.recompile()
+    return made
+
+
+def _fits(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.target is not aten.linear.default or not all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
+        return False
+    weight: Any = node.args[1]
+    matrix = get_tensor(module, str(weight.target))
+    given = node.args[2] if len(node.args) > 2 else None
+    alike = given is None or get_tensor(module, str(given.target)).dtype == matrix.dtype  # type: ignore[union-attr]
+    return matrix.dtype == torch.bfloat16 and matrix.ndim == 2 and min(matrix.shape) >= _LEAST and alike
+
+
+def _pack(module: fx.GraphModule, node: fx.Node) -> None:
+    weight: Any = node.args[1]
+    target = f"{weight.target}_packed"
+    try:
+        get_tensor(module, target)
+    except AttributeError:
+        set_tensor(module, target, torch.ops.mkldnn._reorder_linear_weight(get_tensor(module, str(weight.target))))
+    graph = module.graph
+    bias = node.args[2] if len(node.args) > 2 else None
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    last = node
+    after: tuple[Any, ...] = ("none", [], "")
+    with graph.inserting_before(node):
+        matrix = graph.get_attr(target)
+        matrix.meta["mmpipe"] = weight.meta.get("mmpipe")
+    if user is not None and user.target in _ACTIVATIONS:
+        last = user
+        after = (_ACTIVATIONS[user.target], [], str(user.kwargs.get("approximate", "none")) if "gelu" in str(user.target) else "")
+    elif user is not None and (other := _added(node, user)) is not None:
+        last = user
+        with graph.inserting_before(last):
+            made = graph.call_function(
+                torch.ops.mkldnn._linear_pointwise.binary, (node.args[0], other, matrix, bias, "add")
+            )
+        _replace(graph, node, last, made)
+        return
+    with graph.inserting_before(last):
+        made = graph.call_function(
+            torch.ops.mkldnn._linear_pointwise.default, (node.args[0], matrix, bias, *after)
+        )
+    _replace(graph, node, last, made)
+
+
+def _added(node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """What is added to the product: a value of the same type and shape."""
+    if user.target is not aten.add.Tensor or user.kwargs:
+        return None
+    other = next((n for n in user.args if n is not node), None)
+    if not isinstance(other, fx.Node) or other.op == "get_attr" or mark_of(other).shape != mark_of(node).shape:
+        return None
+    return other
+
+
+def _replace(graph: fx.Graph, node: fx.Node, last: fx.Node, made: fx.Node) -> None:
+    made.meta = dict(last.meta)
+    last.replace_all_uses_with(made)
+    graph.erase_node(last)
+    if last is not node:
+        graph.erase_node(node)

@@ -1,11 +1,7 @@
-"""Log-mel spectrograms as matrix products: plain ATen operations on constant matrices, so that any backend lowers them.
+"""Log-mel spectrograms: frames, a window, a Fourier transform, mel filters.
 
-A real frame x of even length N under a window that is symmetric about N/2 has the transform
-
-    re[k] = Σ cos(2πkn/N) w[n] even[n],   even[n] = x[n] + x[N-n]     n = 0 … N/2 (0 and N/2 alone)
-    im[k] = Σ sin(2πkn/N) w[n] odd[n],    odd[n]  = x[n] − x[N-n]     n = 1 … N/2 − 1
-
-so folding the frame first halves the products. Frequencies that no mel filter looks at are left out.
+Frequencies that no mel filter looks at are left out; so are those at the edges that would make their number no multiple
+of a vector's length, where there are others to fill it up with.
 
 Shape suffixes: B batch, S samples, T frames, N frame length, K frequencies kept, M mel filters.
 """
@@ -21,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+_VECTOR = 16  # float32 numbers
 FLOOR = 1e-10  # the reference clips mel power here before taking its logarithm
 
 
@@ -89,31 +86,21 @@ class MelPower(nn.Module):
         self.n_fft, self.hop = settings.n_fft, settings.hop
         filters_KM = mel_filters_KM(settings)
         kept = np.flatnonzero(filters_KM.any(axis=1))
-        kept = np.arange(kept[0], kept[-1] + 1)
-        half = self.n_fft // 2
-        n = np.arange(half + 1)
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * n / self.n_fft)
-        window[half] *= 0.5  # n = N/2 meets itself in the fold; n = 0 does too, where the window is 0
-        angle_NK = 2 * np.pi * np.outer(n, kept) / self.n_fft
-        self.cos_NK: Tensor
-        self.sin_NK: Tensor
+        self.first, self.last = int(kept[0]), int(kept[-1]) + 1
+        more = min(-(self.last - self.first) % _VECTOR, self.n_fft // 2 + 1 - self.last)  # their filters are zero
+        self.last += more
+        window_N = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.n_fft) / self.n_fft)
+        self.window_N: Tensor
         self.mel_KM: Tensor
-        # n = 0 never counts: the Hann window is 0 there.
-        for name, matrix in (
-            ("cos_NK", (np.cos(angle_NK) * window[:, None])[1:]),
-            ("sin_NK", (np.sin(angle_NK) * window[:, None])[1:]),
-            ("mel_KM", filters_KM[kept]),
-        ):
+        for name, matrix in (("window_N", window_N), ("mel_KM", filters_KM[self.first : self.last])):
             self.register_buffer(name, torch.from_numpy(matrix).to(torch.float32), persistent=False)
 
     def forward(self, sound_BS: Tensor) -> Tensor:
         half = self.n_fft // 2
         padded_BS = nn.functional.pad(sound_BS.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
-        frames_BTN = padded_BS.unfold(-1, self.n_fft, self.hop)
-        rising_BTN = frames_BTN[..., 1 : half + 1]
-        falling_BTN = frames_BTN[..., half:].flip(-1)
-        re_BTK = (rising_BTN + falling_BTN) @ self.cos_NK
-        im_BTK = (rising_BTN - falling_BTN) @ self.sin_NK
+        frames_BTN = padded_BS.unfold(-1, self.n_fft, self.hop) * self.window_N
+        spectrum_BTK = torch.fft.rfft(frames_BTN)[..., self.first : self.last]
+        re_BTK, im_BTK = torch.view_as_real(spectrum_BTK).unbind(-1)
         return (re_BTK * re_BTK + im_BTK * im_BTK) @ self.mel_KM
 
 

@@ -62,6 +62,10 @@ class Feed:
         """The media of one branch, decoded into `media`."""
         return MediaSource(self, branch, media)
 
+    def computing(self) -> None:
+        """A bucket is about to be computed: what need not be decoded beside it waits."""
+        self.ahead.hungry(False)
+
     def close(self) -> None:
         """Cancel what has not begun, wait for what has."""
         self.ahead.close()

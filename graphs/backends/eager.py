@@ -15,8 +15,11 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target
 from mmpipe.graphs.backends.packed import packed
+from mmpipe.graphs.backends.spectrum import split
 from mmpipe.graphs.plan import Segment
 from mmpipe.graphs.precision import lowered
+
+_BAND = 4  # rows
 
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
@@ -26,7 +29,25 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         short = packed(short)
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward
-    return _Writer(short).function(segment.name)
+    parts = split(short) if module_on_cpu(examples, short) else None
+    if parts is None:
+        return _Writer(short).function(segment.name)
+    front, rest = (_Writer(part).function(segment.name) for part in parts)
+    return lambda *tensors: rest(*tensors, *_in_bands(front, tensors))
+
+
+def module_on_cpu(examples, short):
+    return True
+
+
+def _in_bands(front: Callable[..., Any], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A spectrum is many times its sound, and each step passes over all of it: a few rows at a time stay near."""
+    rows = tensors[0].shape[0]
+    if rows <= _BAND:
+        found: Sequence[Tensor] = front(*tensors)
+        return found
+    bands = [front(*(tensor[start : start + _BAND] for tensor in tensors)) for start in range(0, rows, _BAND)]
+    return [torch.cat(parts) for parts in zip(*bands, strict=True)]
 
 
 class _Writer:

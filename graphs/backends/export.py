@@ -25,6 +25,7 @@ from torch.fx.node import map_aggregate
 
 from mmpipe.graphs.backends import Target, Unlowerable
 from mmpipe.graphs.backends.artefacts import kept
+from mmpipe.graphs.backends.spectrum import as_products
 from mmpipe.graphs.digest import digest
 from mmpipe.graphs.plan import GraphError, Segment
 
@@ -71,7 +72,7 @@ def _name(module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) ->
 
 
 def _export(segment: Segment, module: fx.GraphModule, examples: Sequence[Tensor]) -> bytes:
-    host = _on_host(module)
+    host = _on_host(as_products(module))
     size = sum(tensor.nbytes for tensor in host.state_dict().values())
     if size > _LIMIT_BYTES:
         raise Unlowerable(f"{segment.name}: {size / 1e9:.1f} GB of weights; an ONNX file holds 2 GB")

@@ -6,6 +6,7 @@ but noise is left of it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 import torch
@@ -36,6 +37,45 @@ def split(module: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule] | Non
         return None
     rest = {node for node in nodes if node.op == "get_attr" or (node not in front and node.op != "placeholder")}
     return _part(module, inputs, front, crossing), _part(module, [*inputs, *crossing], rest, None)
+
+
+def as_products(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with Fourier transforms of real frames, of which one range of frequencies is read, as matrix products, for
+    what has no transform. The module itself where there are none."""
+    if not any(node.target is aten.fft_rfft.default for node in module.graph.nodes):
+        return module
+    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in list(made.graph.nodes):
+        if node.target is aten.view_as_real.default:
+            _as_product(made, node)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
+def _as_product(module: fx.GraphModule, node: fx.Node) -> None:
+    """view_as_real(rfft(x)[..., first:last]) → [x @ cos, -x @ sin]"""
+    source, first, last = node.args[0], 0, None
+    if isinstance(source, fx.Node) and source.target is aten.slice.Tensor and source.args[1] in (-1, 2):
+        first, last = source.args[2], source.args[3]  # type: ignore[assignment]
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or source.target is not aten.fft_rfft.default:
+        return
+    frames = source.args[0]
+    assert isinstance(frames, fx.Node)
+    length = frames.meta["mmpipe"].shape[-1]
+    frequencies = torch.arange(length // 2 + 1, dtype=torch.float64)[first:last]
+    angle_KN = 2 * torch.pi * torch.outer(frequencies, torch.arange(length, dtype=torch.float64)) / length
+    parts = []
+    with module.graph.inserting_before(node):
+        for name, matrix_KN in (("cos", angle_KN.cos()), ("sin", -angle_KN.sin())):
+            target = f"{node.name}_{name}"
+            module.register_buffer(target, matrix_KN.float())
+            parts.append(module.graph.call_function(aten.linear.default, (frames, module.graph.get_attr(target))))
+        stacked = module.graph.call_function(aten.stack.default, (parts, -1))
+    for new in (*parts, stacked):
+        new.meta["mmpipe"] = node.meta["mmpipe"]
+    node.replace_all_uses_with(stacked)
 
 
 def _before(node: fx.Node) -> set[fx.Node]:

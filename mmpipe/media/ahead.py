@@ -24,11 +24,15 @@ class Ahead:
     memory_limit_bytes bounds the sum of the costs of all items that are started and not yet consumed, in all queues;
     an item is consumed when its queue is asked for the next one. One item of each queue is let through whatever it
     costs, so that no queue waits for another. items_ahead (default: four for each worker) bounds the number of started
-    items of each queue. The bound is as good as `cost`.
+    items of each queue. `beside`: threads that go on while the consumer has enough (default: half). The bound is as
+    good as `cost`.
     """
 
-    def __init__(self, workers: int, memory_limit_bytes: int, *, items_ahead: int | None = None) -> None:
+    def __init__(
+        self, workers: int, memory_limit_bytes: int, *, items_ahead: int | None = None, beside: int | None = None
+    ) -> None:
         self.workers = workers
+        self.beside = max(1, workers // 2) if beside is None else beside
         self.memory_limit_bytes = memory_limit_bytes
         self.items_ahead = 4 * workers if items_ahead is None else items_ahead
         if self.workers < 1 or self.memory_limit_bytes < 1 or self.items_ahead < 1:
@@ -74,8 +78,7 @@ class Ahead:
         return threads
 
     def hungry(self, is_so: bool) -> None:
-        """The consumer waits, or doesn't: while it has enough, half of the threads leave the cores to it (with two
-        cores a tenth of the time of a folder of small media)."""
+        """The consumer waits, or doesn't: while it has enough, all threads but `beside` leave the cores to it."""
         if self._hungry != is_so:
             with self._turn:
                 self._hungry = is_so
@@ -83,7 +86,7 @@ class Ahead:
 
     def _in_turn(self, load: Callable[[T], R], item: T) -> R:
         with self._turn:
-            self._turn.wait_for(lambda: self._hungry or self._loading < max(1, self.workers // 2))
+            self._turn.wait_for(lambda: self._hungry or self._loading < self.beside)
             self._loading += 1
         try:
             return load(item)

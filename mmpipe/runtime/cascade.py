@@ -88,6 +88,7 @@ class Cascade(Running):
         for segment in stage.segments:
             if taken[segment.name]:
                 self.write(stage.shard, work, segment, taken[segment.name])
+        stage.shard.feed.computing()
         lane.submit_all(taken)
         for segment in stage.segments:
             self.submitted(lane, segment, taken[segment.name])

@@ -29,6 +29,9 @@ class MadeUp:
         inputs = {name: plausible(self.values[f"{branch}.{name}"]) for name in media.tables}
         return _MadeUpSource(media, inputs)
 
+    def computing(self) -> None:
+        """Nothing is decoded."""
+
     def close(self) -> None:
         """Nothing is at work."""
 

@@ -62,6 +62,9 @@ class Feed(Protocol):
     def open(self, branch: str, media: MediaRows) -> Source:
         """The media of one branch."""
 
+    def computing(self) -> None:
+        """A bucket is about to be computed: whoever decodes may leave the cores to it until the next `get`."""
+
     def close(self) -> None:
         """Cancel what has not begun, wait for what has."""
 

@@ -34,6 +34,9 @@ class Rows:
     def open(self, branch, media):
         return Source(self, branch, media)
 
+    def computing(self):
+        pass
+
     def close(self):
         self.closed = True
 

@@ -167,9 +167,7 @@ def _read_mask(graph: FusedGraph, scores: _Scores) -> fx.Node | None:
     """What is added where inputs reach it: as it is, [batch or 1, heads or 1, queries or 1, keys]."""
     if any(step.target in _RESHAPES for step in scores.added):
         return None
-    masks = [
-        next(n for n in step.all_input_nodes if not _behind(n, scores.product)) for step in scores.added
-    ]
+    masks = [next(n for n in step.all_input_nodes if not _behind(n, scores.product)) for step in scores.added]
     if not all(_four(mask) and mark_of(mask).dtype == torch.float32 for mask in masks):
         return None
     joined = masks[0]

@@ -191,7 +191,9 @@ def _views(root: tuple[int | str, ...], base: int, digits: Sequence[Sequence[Dig
     """The chain as view, select, permute, reshape; None where it takes a part of a dimension, or repeats one."""
     order = sorted((digit.stride, dim, place) for dim, line in enumerate(digits) for place, digit in enumerate(line))
     per_row = _per_sample(root)
-    view: list[tuple[Digit, tuple[int, int] | int]] = []  # the fastest first; with its place in the result, or what is picked
+    view: list[
+        tuple[Digit, tuple[int, int] | int]
+    ] = []  # the fastest first; with its place in the result, or what is picked
     reached = 1
     for stride, dim, place in order:
         digit = digits[dim][place]
@@ -238,7 +240,9 @@ def _merged(line: Sequence[Digit]) -> int | str:
     return "B" if times == 1 else f"{times}*B"
 
 
-def _rows(indices: Sequence[Tensor], root: tuple[int | str, ...], shape: tuple[int | str, ...]) -> tuple[Tensor, int] | None:
+def _rows(
+    indices: Sequence[Tensor], root: tuple[int | str, ...], shape: tuple[int | str, ...]
+) -> tuple[Tensor, int] | None:
     """The chain as a choice of rows, the same for every sample: (which rows, numbers of a row); None where it is none."""
     width, per_row = int(indices[0].shape[-1]), _per_sample(root)
     if not isinstance(shape[0], str) or per_row % width:

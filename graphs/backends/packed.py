@@ -81,7 +81,11 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
         matrix.meta["mmpipe"] = weight.meta.get("mmpipe")
     if user is not None and user.target in _ACTIVATIONS:
         last = user
-        after = (_ACTIVATIONS[user.target], [], str(user.kwargs.get("approximate", "none")) if "gelu" in str(user.target) else "")
+        after = (
+            _ACTIVATIONS[user.target],
+            [],
+            str(user.kwargs.get("approximate", "none")) if "gelu" in str(user.target) else "",
+        )
     elif user is not None and (other := _added(node, user)) is not None:
         last = user
         with graph.inserting_before(last):
@@ -91,9 +95,7 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
         _replace(graph, node, last, made)
         return
     with graph.inserting_before(last):
-        made = graph.call_function(
-            torch.ops.mkldnn._linear_pointwise.default, (node.args[0], matrix, bias, *after)
-        )
+        made = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (node.args[0], matrix, bias, *after))
     _replace(graph, node, last, made)
 
 

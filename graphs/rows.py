@@ -230,7 +230,13 @@ def _apply(graph: FusedGraph, stretch: _Stretch, order: Tensor, constants: dict[
 
 
 def _choose(
-    graph: FusedGraph, place: fx.Node, source: fx.Node, rows: Tensor, constants: dict[bytes, str], *, after: bool = False
+    graph: FusedGraph,
+    place: fx.Node,
+    source: fx.Node,
+    rows: Tensor,
+    constants: dict[bytes, str],
+    *,
+    after: bool = False,
 ) -> fx.Node:
     """source[rows], before or after `place`; the source itself where these are all its rows in their order."""
     if _same(rows, torch.arange(_shape(source)[1])):

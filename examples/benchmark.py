@@ -10,6 +10,7 @@ spread. A contender whose embeddings are not those of the float32 script (cosine
 
     script …        the loop that one writes: PIL, open_clip's transform, transformers' tokenizer and feature extractor,
                     batches of 32, one modality after the other; with two DataLoader workers; with torch.compile
+    pipelines, Ray  transformers' pipelines; Ray Data's workers before the same modules
     OpenVINO, ONNX  the same loop, the three modules converted
     mmpipe …        mmpipe, exits off: in float32, as `auto` has it, with fast decoding
 """
@@ -25,9 +26,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import benchmark_peers as peers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -82,8 +85,6 @@ class Script:
 
     def load(self, item: Path) -> dict[str, tuple[Tensor, ...]]:
         """One item, decoded and prepared."""
-        import soundfile
-        import soxr
         from PIL import Image
 
         pixels = self.transform(Image.open(item.with_suffix(".jpg")).convert("RGB"))
@@ -91,10 +92,16 @@ class Script:
             item.with_suffix(".txt").read_text(), max_length=64, padding="max_length", truncation=True,
             return_tensors="pt",
         )  # fmt: skip
+        text = tokens["input_ids"][0], tokens["attention_mask"][0]
+        return {"image": (pixels,), "text": text, "audio": self.load_sound(item)}
+
+    def load_sound(self, item: Path) -> tuple[Tensor, ...]:
+        import soundfile
+        import soxr
+
         sound, rate_hz = soundfile.read(item.with_suffix(".wav"), dtype="float32", always_2d=True)
         mono = soxr.resample(sound.mean(1), rate_hz, 48_000, quality="HQ")[: 10 * 48_000]
-        mel = self.extractor(mono, sampling_rate=48_000, return_tensors="pt")["input_features"]
-        return {"image": (pixels,), "text": (tokens["input_ids"][0], tokens["attention_mask"][0]), "audio": (mel[0],)}
+        return (self.extractor(mono, sampling_rate=48_000, return_tensors="pt")["input_features"][0],)
 
     def embed(self, batches: Iterator[dict[str, tuple[Tensor, ...]]]) -> Embeddings:
         found: dict[str, list[Tensor]] = {name: [] for name in self.modules}
@@ -102,7 +109,7 @@ class Script:
             for batch in batches:
                 for name, inputs in batch.items():
                     found[name].append(nn.functional.normalize(self.modules[name](*inputs).float(), dim=-1))
-        return {name: torch.cat(parts) for name, parts in found.items()}
+        return {name: torch.cat(parts) for name, parts in found.items() if parts}
 
     def batches(self, items: Sequence[Path]) -> Iterator[dict[str, tuple[Tensor, ...]]]:
         for start in range(0, len(items), ROWS):
@@ -140,6 +147,8 @@ def contenders(models: Path, media: Path, items: Sequence[Path], skip: Sequence[
         "script, bfloat16": lambda: script(models, items, torch.bfloat16),
         "script, bfloat16, 2 workers": lambda: script(models, items, torch.bfloat16, workers=2),
         "script, bfloat16, torch.compile": lambda: script(models, items, torch.bfloat16, compiled=True),
+        "pipelines, bfloat16": lambda: peers.pipelines(Script(models, torch.bfloat16), items, ROWS),
+        "Ray Data, bfloat16": lambda: peers.ray_data(partial(Script, models, torch.bfloat16), items, ROWS),
         "script, OpenVINO bfloat16": lambda: openvino_script(models, items, "bf16"),
         "script, ONNX Runtime float32": lambda: onnx_script(models, items),
         "mmpipe, float32": lambda: mmpipe(models, media, items, ["runtime.dtype=float32"]),

@@ -70,9 +70,10 @@ def pipelines(script: Any, items: Sequence[Path], rows: int) -> Callable[[], dic
         image = torch.tensor(pictures(opened, batch_size=rows)).reshape(len(items), -1)
         written = [item.with_suffix(".txt").read_text() for item in items]
         how = {"truncation": True, "max_length": 64}
-        text = torch.stack(
-            [torch.tensor(one[0]).mean(0) for one in texts(written, batch_size=rows, tokenize_kwargs=how)]
-        )
+        told = texts(written, batch_size=rows, tokenize_kwargs=how)
+        # a batch comes back as long as its longest text
+        counts = [len(ids) for ids in script.tokenizer(written, **how)["input_ids"]]
+        text = torch.stack([torch.tensor(one[0])[:count].mean(0) for one, count in zip(told, counts, strict=True)])
         sounds = ({"audio": script.load_sound(item)} for item in items)
         batches = ({"audio": (torch.stack([one["audio"][0] for one in batch]),)} for batch in _batched(sounds, rows))
         unit = functools.partial(nn.functional.normalize, dim=-1)

@@ -73,6 +73,8 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
         set_tensor(module, target, torch.ops.mkldnn._reorder_linear_weight(get_tensor(module, str(weight.target))))
     graph = module.graph
     bias = node.args[2] if len(node.args) > 2 else None
+    if len(node.users) == 1 and _is_seen_otherwise(node, next(iter(node.users))):
+        _see_sum(graph, node, next(iter(node.users)))
     user = next(iter(node.users)) if len(node.users) == 1 else None
     last = node
     after: tuple[Any, ...] = ("none", [], "")
@@ -81,14 +83,8 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
         matrix.meta["mmpipe"] = weight.meta.get("mmpipe")
     if user is not None and user.target in _ACTIVATIONS:
         last = user
-        after = (
-            _ACTIVATIONS[user.target],
-            [],
-            str(user.kwargs.get("approximate", "none")) if "gelu" in str(user.target) else "",
-        )
-    elif user is not None and _is_seen_otherwise(node, user):
-        _see_sum(graph, node, user)
-        return _pack(module, node)
+        form = str(user.kwargs.get("approximate", "none")) if user.target is aten.gelu.default else ""
+        after = (_ACTIVATIONS[user.target], [], form)
     elif user is not None and (other := _added(node, user)) is not None:
         last = user
         with graph.inserting_before(last):

@@ -11,6 +11,7 @@ What stays float32, whatever is asked for:
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class _Lowering:
                 self._one(node)
             elif node.op == "output":
                 self._outputs(node)
+        for node in self.short:
+            mark = mark_of(node)
+            if mark.dtype == torch.float32:
+                node.meta["mmpipe"] = replace(mark, dtype=self.dtype)
 
     def _outputs(self, node: fx.Node) -> None:
         node.args = (fx.map_arg(node.args[0], lambda value: self._long(value, node)),)

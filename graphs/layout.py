@@ -191,9 +191,8 @@ def _views(root: tuple[int | str, ...], base: int, digits: Sequence[Sequence[Dig
     """The chain as view, select, permute, reshape; None where it takes a part of a dimension, or repeats one."""
     order = sorted((digit.stride, dim, place) for dim, line in enumerate(digits) for place, digit in enumerate(line))
     per_row = _per_sample(root)
-    view: list[
-        tuple[Digit, tuple[int, int] | int]
-    ] = []  # the fastest first; with its place in the result, or what is picked
+    # the fastest first; each with its place in the result, or with what is picked
+    view: list[tuple[Digit, tuple[int, int] | int]] = []
     reached = 1
     for stride, dim, place in order:
         digit = digits[dim][place]
@@ -243,7 +242,7 @@ def _merged(line: Sequence[Digit]) -> int | str:
 def _rows(
     indices: Sequence[Tensor], root: tuple[int | str, ...], shape: tuple[int | str, ...]
 ) -> tuple[Tensor, int] | None:
-    """The chain as a choice of rows, the same for every sample: (which rows, numbers of a row); None where it is none."""
+    """The chain as a choice of rows, the same for every sample: (which rows, numbers of a row). None: it is none."""
     width, per_row = int(indices[0].shape[-1]), _per_sample(root)
     if not isinstance(shape[0], str) or per_row % width:
         return None
@@ -279,7 +278,8 @@ def _shorten(graph: FusedGraph, node: fx.Node, users: list[fx.Node], chains: _Ch
     if not all(isinstance(index, Tensor) for index in indices):
         return
     from_, to = mark_of(root).shape, mark_of(node).shape
-    assert from_ is not None and to is not None
+    assert from_ is not None
+    assert to is not None
     read = _digits(indices)
     steps = None if read is None else _views(from_, *read)
     if steps is None or (_copies(steps) and root.target not in _TURNED):

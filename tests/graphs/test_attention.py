@@ -124,7 +124,9 @@ class ByProduct(Written):
     """A bias that is a product itself, of what the input says (as DeBERTa and Conformer have)."""
 
     def weights(self, q, k, mask):
-        return (q @ k.transpose(-1, -2) * 0.35 + q @ self.bias.view(TOKENS, -1)[:, :TOKENS].repeat(2, 1)[:8]).softmax(-1)
+        return (q @ k.transpose(-1, -2) * 0.35 + q @ self.bias.view(TOKENS, -1)[:, :TOKENS].repeat(2, 1)[:8]).softmax(
+            -1
+        )
 
 
 class Swin(Written):

@@ -87,7 +87,9 @@ def chains(draw):
         rank = len(shape) + 1
         dim = draw(st.integers(1, rank - 1))
         size = shape[dim - 1]
-        kind = draw(st.sampled_from(["permute", "split", "merge", "roll", "slice", "copy", "select", "squeeze", "flip"]))
+        kind = draw(
+            st.sampled_from(["permute", "split", "merge", "roll", "slice", "copy", "select", "squeeze", "flip"])
+        )
         if kind == "permute":
             order = [0, *draw(st.permutations(range(1, rank)))]
             take(f"permute {order}", lambda x, order=order: x.permute(order))

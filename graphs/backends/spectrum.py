@@ -62,11 +62,11 @@ def _as_product(module: fx.GraphModule, node: fx.Node) -> None:
         _, _, first, last = source.args
         source = source.args[0]
     # of whole frames, and unscaled: no length, no dimension but the last, no norm
-    if source.target is not aten.fft_rfft.default or source.kwargs or any(one is not None for one in source.args[1:2]):
+    if source.target is not aten.fft_rfft.default or source.kwargs or not _is_last(source, 2):
         return
-    if any(one is not None for one in source.args[3:]) or not _is_last(source, 2):
+    frames, *how = source.args
+    if any(one is not None for one in (*how[:1], *how[2:])):
         return
-    frames = source.args[0]
     length = frames.meta["mmpipe"].shape[-1]
     frequencies = torch.arange(length // 2 + 1, dtype=torch.float64)[first:last]
     angle_KN = 2 * torch.pi * torch.outer(frequencies, torch.arange(length, dtype=torch.float64)) / length

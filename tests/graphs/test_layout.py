@@ -88,7 +88,7 @@ def chains(draw):
         dim = draw(st.integers(1, rank - 1))
         size = shape[dim - 1]
         kind = draw(
-            st.sampled_from(["permute", "split", "merge", "roll", "slice", "copy", "select", "squeeze", "flip"])
+            st.sampled_from(["permute", "split", "merge", "roll", "slice", "copy", "select", "unsqueeze", "second"])
         )
         if kind == "permute":
             order = [0, *draw(st.permutations(range(1, rank)))]
@@ -110,9 +110,9 @@ def chains(draw):
         elif kind == "select" and rank > 2:
             at = draw(st.integers(0, size - 1))
             take(f"select {dim} {at}", lambda x, dim=dim, at=at: x.select(dim, at))
-        elif kind == "squeeze":
+        elif kind == "unsqueeze":
             take(f"unsqueeze {dim}", lambda x, dim=dim: x.unsqueeze(dim))
-        elif kind == "flip" and rank > 2:  # the batch second, and back
+        elif kind == "second" and rank > 2:  # the batch second, and back
             take("second", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
     return first, steps, words
 

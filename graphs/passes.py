@@ -34,7 +34,7 @@ _FOLD_BYTES = 1 << 20  # … unless it is small anyway
 
 def optimise(graph: FusedGraph) -> dict[str, int]:
     """All passes in their order; returns what each says: nodes removed, bytes saved, products aligned."""
-    removed = {}
+    removed: dict[str, int] = {}
     tidy = (drop_noops, share_weights, fold_constants, fold_normalisation, merge_common)
     for one in (*tidy, join_attention, merge_products, straighten, merge_common, align_products, align_attention):
         removed[one.__name__] = removed.get(one.__name__, 0) + one(graph)

@@ -123,7 +123,7 @@ class _Lowering:
             return node
         if node.op == "get_attr":
             return self._constant(node)
-        if node.target in _MOVES and _is_float(node.args[0]):
+        if node.target in _MOVES and _is_float(node.all_input_nodes[0]):
             return self._moved(node)
         if node not in self.casts:
             limits = torch.finfo(self.dtype)
@@ -139,9 +139,10 @@ class _Lowering:
     def _moved(self, node: fx.Node) -> fx.Node:
         """A constant, repeated: what it is made of is shortened, once, not what it becomes at every call."""
         if node not in self.casts:
-            given = self._shortened(node.args[0], node)
+            source = node.all_input_nodes[0]  # the others are sizes
+            given = self._shortened(source, node)
             with self.graph.inserting_before(node):
-                self.casts[node] = self.graph.node_copy(node, lambda n: given if n is node.args[0] else n)
+                self.casts[node] = self.graph.node_copy(node, lambda n: given if n is source else n)
             self.short.add(self.casts[node])
         return self.casts[node]
 

@@ -44,7 +44,7 @@ def _on_host(module: fx.GraphModule, examples: Sequence[Tensor]) -> bool:
 def _by_rows(front: fx.GraphModule) -> bool:
     """Whether every value it hands on has the batch, or so many times it, first."""
     (values,) = next(node for node in front.graph.nodes if node.op == "output").args
-    return all(isinstance(value.meta["mmpipe"].shape[0], str) for value in values)  # type: ignore[union-attr]
+    return all(isinstance(value.meta["mmpipe"].shape[0], str) for value in values)
 
 
 def _in_bands(front: Callable[..., Any], tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -167,9 +167,12 @@ def _read_mask(graph: FusedGraph, scores: _Scores) -> fx.Node | None:
     """What is added where inputs reach it: as it is, [batch or 1, heads or 1, queries or 1, keys]."""
     if any(step.target in _RESHAPES for step in scores.added):
         return None
-    masks = [next(n for n in step.all_input_nodes if not _behind(n, scores.product)) for step in scores.added]
-    if not all(_four(mask) and mark_of(mask).dtype == torch.float32 for mask in masks):
-        return None
+    masks: list[fx.Node] = []
+    for step in scores.added:
+        added = [n for n in step.all_input_nodes if not _behind(n, scores.product)]
+        if len(added) != 1 or not _four(added[0]) or mark_of(added[0]).dtype != torch.float32:
+            return None  # none: a number is added
+        masks += added
     joined = masks[0]
     for mask in masks[1:]:
         one, other = mark_of(joined), mark_of(mask)

@@ -11,6 +11,7 @@ What stays float32, whatever is asked for:
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ class _Lowering:
                 self._one(node)
             elif node.op == "output":
                 self._outputs(node)
+        for node in self.short:
+            mark = mark_of(node)
+            if mark.dtype == torch.float32:
+                node.meta["mmpipe"] = replace(mark, dtype=self.dtype)
 
     def _outputs(self, node: fx.Node) -> None:
         node.args = (fx.map_arg(node.args[0], lambda value: self._long(value, node)),)
@@ -119,7 +124,7 @@ class _Lowering:
             return node
         if node.op == "get_attr":
             return self._constant(node)
-        if node.target in _MOVES and _is_float(node.args[0]):
+        if node.target in _MOVES and _is_float(node.all_input_nodes[0]):
             return self._moved(node)
         if node not in self.casts and node.target is aten.to.dtype and mark_of(node.args[0]).dtype in _EXACT:
             with self.graph.inserting_before(user):
@@ -140,9 +145,10 @@ class _Lowering:
     def _moved(self, node: fx.Node) -> fx.Node:
         """A constant, repeated: what it is made of is shortened, once, not what it becomes at every call."""
         if node not in self.casts:
-            given = self._shortened(node.args[0], node)
+            source = node.all_input_nodes[0]  # the others are sizes
+            given = self._shortened(source, node)
             with self.graph.inserting_before(node):
-                self.casts[node] = self.graph.node_copy(node, lambda n: given if n is node.args[0] else n)
+                self.casts[node] = self.graph.node_copy(node, lambda n: given if n is source else n)
             self.short.add(self.casts[node])
         return self.casts[node]
 

@@ -29,15 +29,22 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         short = packed(short)
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward
-    parts = split(short) if module_on_cpu(examples, short) else None
-    if parts is None:
+    parts = split(short) if _on_host(short, examples) else None
+    if parts is None or not _by_rows(parts[0]):
         return _Writer(short).function(segment.name)
     front, rest = (_Writer(part).function(segment.name) for part in parts)
     return lambda *tensors: rest(*tensors, *_in_bands(front, tensors))
 
 
-def module_on_cpu(examples, short):
-    return True
+def _on_host(module: fx.GraphModule, examples: Sequence[Tensor]) -> bool:
+    """Whether nothing it computes with is on another device: there a band would be a launch more, not memory near."""
+    return all(tensor.device.type == "cpu" for tensor in (*module.buffers(), *module.parameters(), *examples))
+
+
+def _by_rows(front: fx.GraphModule) -> bool:
+    """Whether every value it hands on has the batch, or so many times it, first."""
+    (values,) = next(node for node in front.graph.nodes if node.op == "output").args
+    return all(isinstance(value.meta["mmpipe"].shape[0], str) for value in values)
 
 
 def _in_bands(front: Callable[..., Any], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -46,7 +53,13 @@ def _in_bands(front: Callable[..., Any], tensors: Sequence[Tensor]) -> Sequence[
     if rows <= _BAND:
         found: Sequence[Tensor] = front(*tensors)
         return found
-    bands = [front(*(tensor[start : start + _BAND] for tensor in tensors)) for start in range(0, rows, _BAND)]
+    bands = []
+    for start in range(0, rows, _BAND):
+        # every band has as many rows, the last computes some again: a row's last bit may depend on their number
+        begin = min(start, rows - _BAND)
+        values = front(*(tensor[begin : begin + _BAND] for tensor in tensors))
+        skipped = start - begin
+        bands.append([value[len(value) // _BAND * skipped :] for value in values])
     return [torch.cat(parts) for parts in zip(*bands, strict=True)]
 
 

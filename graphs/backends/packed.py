@@ -33,7 +33,7 @@ def available() -> bool:
     )
 
 
-def packed(module: fx.GraphModule, *, own: bool = False) -> fx.GraphModule:
+def packed(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a lowered module with its bfloat16 products packed; the module itself where there are none.
 
     Weights are shared with the original, not copied, but those that are packed.
@@ -61,7 +61,8 @@ def _fits(module: fx.GraphModule, node: fx.Node) -> bool:
     matrix = get_tensor(module, str(weight.target))
     given = node.args[2] if len(node.args) > 2 else None
     alike = given is None or get_tensor(module, str(given.target)).dtype == matrix.dtype  # type: ignore[union-attr]
-    return matrix.dtype == torch.bfloat16 and matrix.ndim == 2 and min(matrix.shape) >= _LEAST and alike
+    here = matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu"
+    return here and matrix.ndim == 2 and min(matrix.shape) >= _LEAST and alike
 
 
 def _pack(module: fx.GraphModule, node: fx.Node) -> None:
@@ -103,9 +104,10 @@ def _added(node: fx.Node, user: fx.Node) -> fx.Node | None:
     if user.target is not aten.add.Tensor or user.kwargs:
         return None
     other = next((n for n in user.args if n is not node), None)
-    if not isinstance(other, fx.Node) or other.op == "get_attr" or mark_of(other).shape != mark_of(node).shape:
+    if not isinstance(other, fx.Node) or other.op == "get_attr":
         return None
-    return other
+    one, two = mark_of(node), mark_of(other)
+    return other if one.shape is not None and (one.shape, one.dtype) == (two.shape, two.dtype) else None
 
 
 def _is_seen_otherwise(node: fx.Node, view: fx.Node) -> bool:

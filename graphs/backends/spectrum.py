@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx
@@ -55,14 +56,17 @@ def as_products(module: fx.GraphModule) -> fx.GraphModule:
 
 def _as_product(module: fx.GraphModule, node: fx.Node) -> None:
     """view_as_real(rfft(x)[..., first:last]) → [x @ cos, -x @ sin]"""
-    source, first, last = node.args[0], 0, None
-    if isinstance(source, fx.Node) and source.target is aten.slice.Tensor and source.args[1] in (-1, 2):
-        first, last = source.args[2], source.args[3]  # type: ignore[assignment]
+    source: Any = node.args[0]
+    first, last = 0, None
+    if source.target is aten.slice.Tensor and not source.kwargs and len(source.args) == 4 and _is_last(source):
+        _, _, first, last = source.args
         source = source.args[0]
-    if not isinstance(source, fx.Node) or source.target is not aten.fft_rfft.default:
+    # of whole frames, and unscaled: no length, no dimension but the last, no norm
+    if source.target is not aten.fft_rfft.default or source.kwargs or not _is_last(source, 2):
         return
-    frames = source.args[0]
-    assert isinstance(frames, fx.Node)
+    frames, *how = source.args
+    if any(one is not None for one in (*how[:1], *how[2:])):
+        return
     length = frames.meta["mmpipe"].shape[-1]
     frequencies = torch.arange(length // 2 + 1, dtype=torch.float64)[first:last]
     angle_KN = 2 * torch.pi * torch.outer(frequencies, torch.arange(length, dtype=torch.float64)) / length
@@ -76,6 +80,12 @@ def _as_product(module: fx.GraphModule, node: fx.Node) -> None:
     for new in (*parts, stacked):
         new.meta["mmpipe"] = node.meta["mmpipe"]
     node.replace_all_uses_with(stacked)
+
+
+def _is_last(node: fx.Node, place: int = 1) -> bool:
+    """Whether the dimension that is its argument there (default: the last) is the last of what it reads."""
+    dim: Any = node.args[place] if len(node.args) > place else -1
+    return dim in (-1, len(node.args[0].meta["mmpipe"].shape) - 1)  # type: ignore[union-attr]
 
 
 def _before(node: fx.Node) -> set[fx.Node]:

@@ -9,7 +9,7 @@ import torch
 
 from mmpipe.encoders import EncoderError, load
 from mmpipe.encoders.audio import Window
-from mmpipe.encoders.mel import DecibelMel, MelSettings, WhisperMel, mel_filters_KM
+from mmpipe.encoders.mel import DecibelMel, MelPower, MelSettings, WhisperMel, mel_filters_KM
 
 RATE = 16000
 CLAP = MelSettings(48000, 1024, 480, 64, 50.0, 14000.0, "slaney", True)
@@ -23,6 +23,36 @@ def test_mel_filters_are_the_reference_ones(scale, norm):
     settings = MelSettings(48000, 1024, 480, 64, 50.0, 14000.0, scale, norm == "slaney")
     expected = mel_filter_bank(513, 64, 50.0, 14000.0, 48000, norm=norm, mel_scale=scale)
     assert np.abs(mel_filters_KM(settings) - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("settings", [CLAP, WHISPER, MelSettings(16000, 512, 160, 40, 0.0, 8000.0, "htk", False)])
+def test_mel_power_is_that_of_a_fourier_transform_in_double_precision(settings):
+    """torch.stft, which shares no code with it but the transform, and all frequencies, not only those that are kept."""
+    sound_BS = torch.randn(3, 4 * settings.n_fft + 7, generator=torch.Generator().manual_seed(0))
+    window = torch.hann_window(settings.n_fft, dtype=torch.float64)
+    spectrum = torch.stft(sound_BS.double(), settings.n_fft, settings.hop, window=window, return_complex=True)
+    want_BTM = spectrum.abs().square().transpose(1, 2) @ torch.from_numpy(mel_filters_KM(settings))
+    got_BTM = MelPower(settings)(sound_BS)
+    assert got_BTM.shape == want_BTM.shape
+    assert (got_BTM - want_BTM).abs().max() <= 1e-6 * want_BTM.max()
+
+
+@pytest.mark.parametrize("settings", [CLAP, WHISPER])
+def test_frequencies_are_kept_that_a_filter_hears_and_no_range_of_them_is_odd(settings):
+    power, filters_KM = MelPower(settings), mel_filters_KM(settings)
+    assert not filters_KM[: power.first].any()
+    assert not filters_KM[power.last :].any()
+    assert (power.last - power.first) % 16 == 0 or power.last == settings.n_fft // 2 + 1
+    assert power.mel_KM.shape[0] == power.last - power.first
+
+
+def test_silence_has_no_power_and_no_sample_hears_its_neighbour():
+    power, sound_BS = MelPower(CLAP), torch.randn(5, 4800, generator=torch.Generator().manual_seed(0))
+    sound_BS[1] = 0
+    got = power(sound_BS)
+    assert not got[1].any()
+    louder = sound_BS * torch.tensor([1.0, 0.0, 1.0, 100.0, 1.0])[:, None]
+    assert torch.equal(power(louder)[[0, 2, 4]], got[[0, 2, 4]])
 
 
 def _clap_reference(sound, truncation="rand_trunc"):

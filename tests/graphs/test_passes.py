@@ -39,7 +39,8 @@ def test_all_passes_leave_every_output_as_it_was():
     for group in before:
         for name, want in before[group].items():
             assert (after[group][name] - want).abs().max() <= 1e-5 * want.abs().max()
-    assert all(count > 0 for count in removed.values())
+    nothing_to_do = {"join_attention", "merge_products"}  # these parts call torch's own attention
+    assert {name for name, count in removed.items() if not count} == nothing_to_do
 
 
 def test_drop_noops_removes_dropout_casts_and_reshapes_that_do_nothing():

@@ -137,3 +137,48 @@ def test_huge_constants_stay_finite():
     made = lowered(segment_of(Masked(), {"x": torch.zeros(4)}), torch.bfloat16)
     held = next(tensor for tensor in made.buffers() if tensor.shape == (4,) and tensor.min() < -1e30)
     assert torch.isfinite(held).tolist() == [True, True, True, False]
+
+
+def test_a_repeated_constant_is_shortened_before_it_is_repeated():
+    """A mask of windows, once for each sample: at every call the cast would pass over all its copies."""
+
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.tensor([0.0, LOWEST, 1 / 3, -torch.inf]))
+
+        def forward(self, x):
+            mask = self.mask.unsqueeze(0).expand(x.shape[0], -1).reshape(-1, 4)
+            return (self.out(x) + mask).softmax(-1)
+
+    torch.manual_seed(0)
+    module = segment_of(Repeated(), {"x": torch.zeros(4)})
+    made = lowered(module, torch.bfloat16)
+    (expand,) = (node for node in made.graph.nodes if node.target is aten.expand.default)
+    types, (short,) = types_at(made, torch.randn(3, 4))
+    assert types[aten.expand.default] == [torch.bfloat16]
+    assert types[aten.to.dtype] == [torch.bfloat16, torch.float32]  # what goes in, what comes out
+    assert torch.isfinite(short).all()
+    assert expand.meta["mmpipe"].dtype == torch.bfloat16  # a mark tells the type that a value has
+
+
+def test_what_only_moves_statistics_is_cast_after_it():
+    """It is no constant: an input, turned, is read as it is by what stays float32, and cast for a product."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(5, 4)
+
+        def forward(self, x):
+            turned = (x + 1).permute(0, 2, 1)
+            return self.out(turned).mean(1) + turned.sum((1, 2))[:, None]
+
+    torch.manual_seed(0)
+    module, x = segment_of(Turned(), {"x": torch.zeros(5, 6)}), torch.randn(3, 5, 6)
+    types, (short,) = types_at(lowered(module, torch.bfloat16), x)
+    assert types[aten.sum.dim_IntList] == [torch.float32]
+    with torch.no_grad():
+        (plain,) = module(x)
+    assert (short - plain).abs().max() <= 2**-7 * plain.abs().max()

@@ -131,6 +131,42 @@ def test_half_of_the_threads_rest_while_the_consumer_has_enough() -> None:
         assert [queue.get() for _ in range(20)] == list(range(20))
 
 
+@pytest.mark.parametrize("beside", [0, 1, 3])
+def test_as_many_go_on_beside_a_busy_consumer_as_it_allows(beside: int) -> None:
+    """With 0 nothing begins until it waits again; then all threads do, and all comes, in order."""
+    now, most, begun, lock = [0], [0], [0], threading.Lock()
+
+    def load(item: int) -> int:
+        with lock:
+            now[0], begun[0] = now[0] + 1, begun[0] + 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return item
+
+    with Ahead(4, 1000, items_ahead=200, beside=beside) as ahead:
+        queue = ahead.queue(load, lambda _: 1)
+        ahead.hungry(False)
+        queue.put(range(100))
+        time.sleep(0.05)
+        assert most[0] == beside
+        assert (begun[0] > 0) == (beside > 0)
+        assert [queue.get() for _ in range(100)] == list(range(100))
+        assert most[0] > beside
+
+
+def test_what_waits_beside_a_busy_consumer_ends_with_it() -> None:
+    with Ahead(2, 100, beside=0) as ahead:
+        queue = ahead.queue(lambda item: item, lambda _: 1)
+        ahead.hungry(False)
+        queue.put(range(6))
+        queue.drop()
+        ahead.hungry(False)
+        queue.put(range(6))
+    assert own_threads() == []
+
+
 def test_nothing_begins_without_room_until_it_must() -> None:
     asked: list[bool] = []
 

@@ -18,6 +18,7 @@ from mmpipe.graphs.backends import Lowered, Target, Unlowerable
 from mmpipe.graphs.backends.artefacts import kept
 from mmpipe.graphs.backends.export import needed, onnx_of, places_of
 from mmpipe.graphs.plan import Segment
+from mmpipe.graphs.precision import lowered
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +33,7 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         raise Unlowerable(f"{segment.name}: TensorRT runs on an NVIDIA GPU, and torch sees none")
     if target.dtype not in _DTYPES:
         raise Unlowerable(f"{segment.name}: TensorRT computes in float32, float16 or bfloat16, not in {target.dtype}")
-    content = onnx_of(segment, _typed(module, target.dtype), target, examples)
+    content = typed_onnx(segment, module, target, examples)
     log = _log(package)
     engine = package.Runtime(log).deserialize_cuda_engine(build_engine(content, target))
     if engine is None:
@@ -46,6 +47,11 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         return contexts[stream](stream, tensors)
 
     return run
+
+
+def typed_onnx(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> bytes:
+    """The segment's ONNX, cast to target.dtype beforehand: a strongly typed network computes in the types it is given."""
+    return onnx_of(segment, lowered(module, target.dtype, mixed=False), target, examples)
 
 
 def build_engine(onnx_bytes: bytes, target: Target) -> bytes:
@@ -76,11 +82,6 @@ def _build(package: ModuleType, onnx_bytes: bytes) -> bytes:
     if engine is None:
         raise Unlowerable(f"TensorRT can't build an engine: {_said(log)}")
     return bytes(engine)
-
-
-def _typed(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """The module, cast: a strongly typed network computes in the types that it is given."""
-    return module
 
 
 def _package() -> ModuleType:

@@ -1,8 +1,8 @@
 """`mmpipe autotune`: every encoder segment × bucket × backend × number type, measured here; the winners are kept.
 
 Each way is compiled, compared with eager float32 on real samples, and timed alone on the machine, with the threads that
-the plan gives it, in a process of its own (`mmpipe.trying`). What is not at parity can't win; what can't be had, because
-its compiler refuses, crashes or does not end, says why.
+the plan gives it, in another process (`mmpipe.trying`). What is not at parity can't win; what can't be had, because its
+compiler refuses, crashes or does not end, says why.
 """
 
 from __future__ import annotations

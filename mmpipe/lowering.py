@@ -1,8 +1,8 @@
 """Which backend and number type each segment gets on this machine, and why; and the lowered segments, kept.
 
     runtime.dtype    as configured; auto: bfloat16 for large encoders where the processor multiplies it faster
-    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment, else eager; eager too where
-                     that can't be had any more
+    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment; eager where nothing was,
+                     or where that can't be had any more
 
 Heads stay float32 and eager: they cost little, and confidence is made there. An encoder whose short twin fails the
 parity gate (`mmpipe.parity`) stays float32 and eager too.

@@ -98,12 +98,14 @@ class Workbench:
         self.close()
 
     def close(self) -> None:
+        """End the child: when its pipe is closed it ends by itself, unless it hangs."""
+        if self._pipe is not None:
+            self._pipe.close()
         if self._process is not None:
+            self._process.join(_END_S)
             self._process.kill()
             self._process.join()
             self._process.close()
-        if self._pipe is not None:
-            self._pipe.close()
         self._process = self._pipe = self._at = None
 
     def measure(self, trial: Trial, choice: Choice) -> Measured:
@@ -118,6 +120,7 @@ class Workbench:
                 answer: Measured = pipe.recv()
                 return answer
             why = f"it did not end within {self.limit_s:g} s"
+            self._process.kill()
         except (EOFError, OSError):
             why = self._ended()
         self.close()
@@ -188,7 +191,7 @@ class _Bench:
                 seconds = self._seconds(run) / self.trial.rows
         except Unlowerable as error:
             return Measured(why=str(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - of a library that is on trial: whatever it raises is the answer
             line = next(iter(str(error).splitlines()), "")
             return Measured(why=f"{type(error).__name__}: {line}")
         return Measured(seconds, cosine, compiled, ready)

@@ -150,7 +150,7 @@ def test_a_backend_that_is_configured_and_can_not_is_an_error(weights, monkeypat
 
 
 def test_a_tuned_backend_that_is_gone_is_eager_and_explain_says_so(weights, kept, tmp_path, monkeypatch):
-    made = shop.config(weights)
+    made = shop.config(weights, runtime={"cache": "off"})
     with Pipeline.load(made) as pipeline:
         way = pipeline.resolved
         won = [(pipeline.modules[name], way.batch_size, way.threads, best(ready=0.0)) for name in ("image@0", "text@0")]
@@ -174,9 +174,11 @@ def test_a_tuned_backend_that_is_gone_is_eager_and_explain_says_so(weights, kept
         explained = collect.explain(pipeline, samples)
     assert {"image@0", "text@0"} == set(asked)
     assert [one.label for one in answers] == [one.label for one in wanted]
-    (why,) = (one["why"] for one in explained["decisions"] if one["key"] == "runtime.backend")
+    (why,) = (one["why"] for one in explained["autos"] if one["key"] == "runtime.backend")
     assert "image@0 not inductor, which was fastest: inductor needs a C++ compiler" in why
     assert "tuned: text@0 inductor float32" in why
+    backends = {one["name"]: one["backend"] for one in explained["segments"]}
+    assert (backends["image@0"], backends["text@0"]) == ("eager", "inductor")
 
 
 def best(backend="inductor", dtype="float32", row=0.001, plain=0.003, ready=2.0):
@@ -235,7 +237,7 @@ def test_autotune_measures_each_way_and_the_fastest_at_parity_wins(weights, kept
         )
     assert {one.segment for one in tuning.tried} == {"image@0", "text@0", "audio@0"}
     text = [one for one in tuning.tried if one.segment == "text@0" and one.choice == Choice("eager", "bfloat16")]
-    assert all("cosine -" in one.why for one in text)
+    assert [one.why for one in text if "cosine -" not in one.why] == []
     assert all(one.why == "no compiler here" for one in tuning.tried if one.choice.backend == "inductor")
     assert {found.choice for (name, _, _), found in tuning.best.items() if name == "text@0"} == {PLAIN}
     assert len(said) == len(tuning.tried)
@@ -269,5 +271,5 @@ def test_a_compiler_that_takes_its_process_down_is_a_line_and_what_comes_after_i
 
 def test_autotune_measures_on_the_cpu(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.runners, "resolved", lambda kind="batch": replace(pipeline.resolved, device="cuda"))
-    with pytest.raises(InputError, match="autotune measures on the CPU, and runtime.device is cuda"):
+    with pytest.raises(InputError, match=r"autotune measures on the CPU, and runtime\.device is cuda"):
         autotune.autotune(pipeline, [])

@@ -58,7 +58,7 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
 
 
 def typed_onnx(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> bytes:
-    """The segment's ONNX, cast to target.dtype beforehand: a strongly typed network computes in the types it is given."""
+    """The segment's ONNX, cast to target.dtype beforehand: a strongly typed network computes in what it gets."""
     return onnx_of(segment, lowered(_sliced(module), target.dtype, mixed=False), target, examples)
 
 

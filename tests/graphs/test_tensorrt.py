@@ -1,4 +1,4 @@
-"""Segments as TensorRT for RTX builds them, which takes no GPU; what their ONNX computes, as the ONNX Runtime runs it."""
+"""Segments as TensorRT for RTX builds them, which takes no GPU; and what their ONNX computes, in the ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_a_missing_package_is_named_with_its_extras(monkeypatch):
 def test_another_type_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     case = small()
-    with pytest.raises(Unlowerable, match="float32, float16 or bfloat16, not in torch.float64"):
+    with pytest.raises(Unlowerable, match=r"float32, float16 or bfloat16, not in torch\.float64"):
         lower("tensorrt", case.segment, case.module, Target(4, torch.float64), case.inputs)
 
 
@@ -249,5 +249,5 @@ class Norm(nn.Module):
 
 def test_an_operation_that_tensorrt_has_not_is_named():
     case = case_of(Norm(), torch.randn(4, 3, 3))
-    with pytest.raises(Unlowerable, match="TensorRT can't take the graph: .*Det"):
+    with pytest.raises(Unlowerable, match=r"TensorRT can't take the graph: .*Det"):
         tensorrt.build_engine(exported(case), Target(4))

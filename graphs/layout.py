@@ -54,7 +54,7 @@ def straighten(graph: FusedGraph) -> int:
             _batch_first(graph, node, chains)
     chains = _Chains()
     for node in list(graph.graph.nodes):
-        users = [user for user in node.users if not _moves(user)]
+        users = [user for user in node.users if not _moves(user) or chains.root(user) is None]
         if users and _moves(node) and mark_of(node).shape is not None:
             _shorten(graph, node, users, chains)
     graph.graph.eliminate_dead_code()

@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from mmpipe.graphs.attention import join_attention, merge_products
 from mmpipe.graphs.fuse import FusedGraph, get_tensor, mark_of, outputs_of, set_tensor
 from mmpipe.graphs.layout import straighten
+from mmpipe.graphs.patches import multiply_patches
 from mmpipe.graphs.plan import GraphError
+from mmpipe.graphs.rows import reorder
 
 aten = torch.ops.aten
 
@@ -36,7 +38,17 @@ def optimise(graph: FusedGraph) -> dict[str, int]:
     """All passes in their order; returns what each says: nodes removed, bytes saved, products aligned."""
     removed = {}
     tidy = (drop_noops, share_weights, fold_constants, fold_normalisation, merge_common)
-    for one in (*tidy, join_attention, merge_products, straighten, merge_common, align_products, align_attention):
+    for one in (
+        *tidy,
+        multiply_patches,
+        join_attention,
+        merge_products,
+        straighten,
+        reorder,
+        merge_common,
+        align_products,
+        align_attention,
+    ):
         removed[one.__name__] = removed.get(one.__name__, 0) + one(graph)
         verify(graph)
     _drop_unread_tensors(graph)

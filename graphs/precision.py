@@ -40,6 +40,7 @@ _STATISTICS = {
     aten.to.dtype,  # the model asks for it
 }
 _MOVES = {aten.expand.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.permute.default}
+_EXACT = {torch.uint8, torch.bool}  # whose numbers the shorter types hold as they are
 # With float32 weights beside a shorter input; a CPU mixes them, and keeps the weights' digits.
 _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default}
 
@@ -128,6 +129,11 @@ class _Lowering:
             return self._constant(node)
         if node.target in _MOVES and _is_float(node.args[0]):
             return self._moved(node)
+        if node not in self.casts and node.target is aten.to.dtype and mark_of(node.args[0]).dtype in _EXACT:
+            with self.graph.inserting_before(user):
+                self.casts[node] = self.graph.call_function(aten.to.dtype, (node.args[0], self.dtype))
+            self.casts[node].meta["mmpipe"] = node.meta.get("mmpipe")
+            self.short.add(self.casts[node])
         if node not in self.casts:
             limits = torch.finfo(self.dtype)
             with self.graph.inserting_before(user):

@@ -86,6 +86,9 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
             [],
             str(user.kwargs.get("approximate", "none")) if "gelu" in str(user.target) else "",
         )
+    elif user is not None and _is_seen_otherwise(node, user):
+        _see_sum(graph, node, user)
+        return _pack(module, node)
     elif user is not None and (other := _added(node, user)) is not None:
         last = user
         with graph.inserting_before(last):
@@ -107,6 +110,32 @@ def _added(node: fx.Node, user: fx.Node) -> fx.Node | None:
     if not isinstance(other, fx.Node) or other.op == "get_attr" or mark_of(other).shape != mark_of(node).shape:
         return None
     return other
+
+
+def _is_seen_otherwise(node: fx.Node, view: fx.Node) -> bool:
+    """reshape(product) + y"""
+    if view.target is not aten.reshape.default or len(view.users) != 1:
+        return False
+    shape = mark_of(node).shape
+    symbolic_first = shape is not None and all(isinstance(size, int) for size in shape[1:])
+    return symbolic_first and _added(view, next(iter(view.users))) is not None
+
+
+def _see_sum(graph: fx.Graph, node: fx.Node, view: fx.Node) -> None:
+    """reshape(product) + y → reshape(product + reshape(y))"""
+    total = next(iter(view.users))
+    other: Any = _added(view, total)
+    mark = mark_of(node)
+    assert mark.shape is not None
+    with graph.inserting_before(total):
+        seen = graph.call_function(aten.reshape.default, (other, [-1, *mark.shape[1:]]))
+        summed = graph.call_function(aten.add.Tensor, (node, seen))
+        back = graph.call_function(aten.reshape.default, (summed, *view.args[1:]))
+    seen.meta["mmpipe"] = summed.meta["mmpipe"] = mark
+    back.meta = dict(total.meta)
+    total.replace_all_uses_with(back)
+    graph.erase_node(total)
+    graph.erase_node(view)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, last: fx.Node, made: fx.Node) -> None:

@@ -20,6 +20,8 @@ from mmpipe.graphs.fuse import get_tensor, mark_of, set_tensor
 
 aten = torch.ops.aten
 
+EXACT = "exact"
+
 _PRODUCTS = {
     *(aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default),
     *(aten.baddbmm.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
@@ -48,14 +50,18 @@ _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_
 def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True) -> fx.GraphModule:
     """A copy of a segment's module that computes in `dtype`; the module itself for float32.
 
-    What goes in and what comes out keep their types. Weights that only products read are held in `dtype` alone.
+    What goes in and what comes out keep their types. Weights that only products read are held in `dtype` alone. Values
+    that stay float32 among those that don't are marked: node.meta[EXACT].
     `mixed` False: every operation gets one type; normalisations, whose weights stay float32, compute in that.
     """
     if dtype == torch.float32:
         return module
     # weights are shared with the original, not copied: most are replaced
     made = fx.GraphModule(module, copy.deepcopy(module.graph))
-    _Lowering(made, dtype, mixed).run()
+    lowering = _Lowering(made, dtype, mixed)
+    lowering.run()
+    for node in lowering.exact:
+        node.meta[EXACT] = True
     made.graph.eliminate_dead_code()
     read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in made.named_buffers(remove_duplicate=False) if name not in read]:

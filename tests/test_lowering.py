@@ -254,22 +254,20 @@ def test_a_compiler_that_takes_its_process_down_is_a_line_and_what_comes_after_i
     monkeypatch.setattr(autotune, "bfloat16_gain", lambda: 0.0)
     said = []
     with Pipeline.load(shop.config(weights, runtime={"batch_size": 4})) as pipeline:
-        tuning = autotune.autotune(
-            pipeline, [], backends=["openvino", "onnx"], say=said.append, lower=compilers.crashing
-        )
+        tuning = autotune.autotune(pipeline, [], backends=["openvino"], say=said.append, lower=compilers.crashing)
         places = {(one.segment, one.rows, one.threads) for one in tuning.tried}
-    assert len(places) >= 6  # three encoders, in batches and in calls
+    assert {segment for segment, _, _ in places} == {"image@0", "text@0", "audio@0"}
     assert set(tuning.best) == places
     assert all(best.choice == PLAIN for best in tuning.best.values())
     assert {(one.choice.backend, one.why) for one in tuning.tried} == {
         ("eager", ""),
         ("openvino", "it crashed (signal 11)"),
-        ("onnx", "its process ended with code 3"),
     }
     assert sum("not tried: it crashed (signal 11)" in text for text in said) == len(places)
 
 
 def test_autotune_measures_on_the_cpu(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.runners, "resolved", lambda kind="batch": replace(pipeline.resolved, device="cuda"))
+    there = replace(pipeline.resolved, device="cuda")
+    monkeypatch.setattr(pipeline.runners, "resolved", lambda: there)
     with pytest.raises(InputError, match=r"autotune measures on the CPU, and runtime\.device is cuda"):
         autotune.autotune(pipeline, [])

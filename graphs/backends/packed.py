@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from mmpipe.graphs.fuse import get_tensor, mark_of, set_tensor
+from mmpipe.graphs.precision import EXACT
 
 aten = torch.ops.aten
 
@@ -109,7 +110,7 @@ def _added(node: fx.Node, user: fx.Node) -> fx.Node | None:
     other = next((n for n in user.args if n is not node), None)
     if not isinstance(other, fx.Node) or other.op == "get_attr" or mark_of(other).shape != mark_of(node).shape:
         return None
-    return other
+    return None if other.meta.get(EXACT) else other
 
 
 def _is_seen_otherwise(node: fx.Node, view: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -67,10 +67,11 @@ def _sliced(module: fx.GraphModule) -> fx.GraphModule:
     was selected: TensorRT gives up where queries are taken one way and keys the other."""
     made = fx.GraphModule(module, copy.deepcopy(module.graph))
     for node in made.graph.find_nodes(op="call_function", target=aten.select.int):
-        split, dim, place = node.args
-        if not isinstance(split, fx.Node) or split.target not in (aten.reshape.default, aten.view.default):
+        split, dim, place = cast("tuple[Any, Any, Any]", node.args)
+        if split.target not in (aten.reshape.default, aten.view.default):
             continue
-        source, sizes = split.args[0], list(split.args[1])
+        source, sizes = split.args[0], [*split.args[1]]
+        dim, place = dim % len(sizes), place if place >= 0 else place + sizes[dim]
         shape, width = mark_of(source).shape, math.prod(sizes[dim + 1 :])
         if shape is None or width * sizes[dim] != shape[-1]:  # more than the last dimension was split
             continue

@@ -46,16 +46,17 @@ _EXACT = {torch.uint8, torch.bool}  # whose numbers the shorter types hold as th
 _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default}
 
 
-def lowered(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True) -> fx.GraphModule:
     """A copy of a segment's module that computes in `dtype`; the module itself for float32.
 
     What goes in and what comes out keep their types. Weights that only products read are held in `dtype` alone.
+    `mixed` False: every operation gets one type; normalisations, whose weights stay float32, compute in that.
     """
     if dtype == torch.float32:
         return module
     # weights are shared with the original, not copied: most are replaced
     made = fx.GraphModule(module, copy.deepcopy(module.graph))
-    _Lowering(made, dtype).run()
+    _Lowering(made, dtype, mixed).run()
     made.graph.eliminate_dead_code()
     read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in made.named_buffers(remove_duplicate=False) if name not in read]:
@@ -68,8 +69,8 @@ def lowered(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
 class _Lowering:
     """One walk over the graph in its order. `short`: the nodes whose values have the shorter type by now."""
 
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype) -> None:
-        self.module, self.graph, self.dtype = module, module.graph, dtype
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, mixed: bool) -> None:
+        self.module, self.graph, self.dtype, self.mixed = module, module.graph, dtype, mixed
         self.short: set[fx.Node] = set()
         self.exact: set[fx.Node] = set()  # float32 on purpose: statistics, and what is made of them
         self.constants: dict[str, str] = {}  # attribute → the same in the shorter type
@@ -108,6 +109,13 @@ class _Lowering:
             self.exact.add(node)  # promoted to float32 by itself
             if node.target is aten.cat.default:
                 self._give(node, lambda n: self._long(n, node))
+        elif node.target in _NORMALISATIONS and not self.mixed:
+            self._give(node, lambda n: self._long(n, node))
+            with self.graph.inserting_after(node):
+                cast = self.graph.call_function(aten.to.dtype, (node, self.dtype))
+            cast.meta["mmpipe"] = node.meta.get("mmpipe")
+            node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+            self.short.add(cast)
         else:
             keep = node.target in _NORMALISATIONS
             self._give(node, lambda n: n if keep and n.op == "get_attr" else self._shortened(n, node))

@@ -1,15 +1,14 @@
 """`mmpipe autotune`: every encoder segment × bucket × backend × number type, measured here; the winners are kept.
 
 Each way is compiled, compared with eager float32 on real samples, and timed alone on the machine, with the threads that
-the plan gives it. What is not at parity can't win; what can't be had says why.
+the plan gives it, in another process (`mmpipe.trying`). What is not at parity can't win; what can't be had, because its
+compiler refuses, crashes or does not end, says why.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +16,18 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from mmpipe.errors import InputError
-from mmpipe.graphs.backends import BACKENDS, Lowered, Target, Unlowerable, examples_of, lower
+from mmpipe.graphs.backends import BACKENDS, examples_of, lower
 from mmpipe.graphs.plan import HEAD, PRESENCE, Segment
 from mmpipe.lowering import compiled_folder
 from mmpipe.machine import bfloat16_gain
 from mmpipe.parity import MIN_COSINE, real_rows
 from mmpipe.pipeline import Pipeline
-from mmpipe.resolved import PLAIN, Choice
-from mmpipe.runtime.executor import threads_of
+from mmpipe.resolved import Choice
+from mmpipe.trying import Lower, Measured, Trial, Workbench
 from mmpipe.tuned import Best, Tuned
 from mmpipe.types import Sample
 
-_LEAST_RUNS, _MOST_RUNS, _SECONDS = 3, 50, 1.5  # for one way, after a run that warms it up
+_SECONDS = 1.5  # for one way to be timed
 _HEAD_START = 1.03  # how much faster than the way without a compiler one with must be
 
 
@@ -67,29 +66,36 @@ def autotune(
     *,
     backends: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
+    lower: Lower = lower,
 ) -> Tuning:
     """Measure, and keep the winners for this machine. `backends`: those to try; empty: all that are installed.
 
-    Where `samples` is empty, parity is judged on made-up media. Raises InputError on a backend that there is none of.
+    Where `samples` is empty, parity is judged on made-up media. `lower` is for backends of your own: a function like
+    `mmpipe.graphs.backends.lower` that another process can import. As it starts one, a script of yours calls this under
+    `if __name__ == "__main__":`. Raises InputError on a backend that there is none of, and off the CPU.
     """
     if unknown := [name for name in backends if name not in BACKENDS]:
         raise InputError(f"no backend {unknown[0]!r}: there are {', '.join(BACKENDS)}")
+    if pipeline.resolved.device != "cpu":
+        raise InputError(f"autotune measures on the CPU, and runtime.device is {pipeline.resolved.device}")
     real = real_rows(samples, pipeline.built.preparations, pipeline.limits)
     tried: list[Tried] = []
     best: dict[tuple[str, int, int], Best] = {}
     won: list[tuple[GraphModule, int, int, Best]] = []
-    for segment, rows, threads in _places(pipeline):
-        module = pipeline.modules[segment.name]
-        inputs = _inputs(pipeline, segment, rows, real)
-        bench = _Bench(segment, module, rows, threads, inputs)
-        here = [bench.tried(choice) for choice in _choices(backends)]
-        tried += here
-        for one in here:
-            say(line(one))
-        winner = _winner(here)
-        if winner is not None:
-            best[segment.name, rows, threads] = winner
-            won.append((module, rows, threads, winner))
+    with Workbench(lower) as bench:
+        for segment, rows, threads in _places(pipeline):
+            module = pipeline.modules[segment.name]
+            inputs, count = _inputs(pipeline, segment, rows, real)
+            trial = Trial.of(segment, module, inputs, count, threads, compiled_folder(), _SECONDS)
+            here = []
+            for choice in _choices(backends):
+                here.append(_tried(trial, choice, bench.measure(trial, choice)))
+                say(line(here[-1]))
+            tried += here
+            winner = _winner(here)
+            if winner is not None:
+                best[segment.name, rows, threads] = winner
+                won.append((module, rows, threads, winner))
     Tuned().keep(won)
     return Tuning(tried, best)
 
@@ -121,59 +127,12 @@ def _choices(backends: Sequence[str]) -> list[Choice]:
     return [Choice(backend, dtype) for backend in wanted for dtype in types if (backend, dtype) != ("onnx", "bfloat16")]
 
 
-class _Bench:
-    """One segment in one bucket."""
-
-    def __init__(
-        self, segment: Segment, module: GraphModule, rows: int, threads: int, inputs: tuple[Sequence[Tensor], int]
-    ) -> None:
-        self.segment, self.module, self.rows, self.threads = segment, module, rows, threads
-        self.inputs, self.real = inputs
-        with threads_of(threads), torch.inference_mode():
-            plain = lower("eager", segment, module, self._target(PLAIN))
-            self.wanted = [result.clone() for result in plain(*self.inputs)]
-
-    def tried(self, choice: Choice) -> Tried:
-        about = partial(Tried, self.segment.name, self.rows, self.threads, choice)
-        try:
-            began = time.perf_counter()
-            self._lowered(choice)
-            compiled = time.perf_counter() - began
-            began = time.perf_counter()
-            run = self._lowered(choice)
-            ready = time.perf_counter() - began
-            with threads_of(self.threads), torch.inference_mode():
-                cosine = self._cosine(run)
-                seconds = self._seconds(run) / self.rows
-        except Unlowerable as error:
-            return about(why=str(error))
-        why = "" if cosine >= MIN_COSINE else f"cosine {cosine:.4f} to eager float32"
-        return about(row_seconds=seconds, cosine=cosine, compile_seconds=compiled, ready_seconds=ready, why=why)
-
-    def _lowered(self, choice: Choice) -> Lowered:
-        return lower(choice.backend, self.segment, self.module, self._target(choice), self.inputs)
-
-    def _target(self, choice: Choice) -> Target:
-        return Target(self.rows, getattr(torch, choice.dtype), self.threads, compiled_folder())
-
-    def _cosine(self, run: Lowered) -> float:
-        """The least over the rows that are real (all, where none is) and the segment's results."""
-        least = 1.0
-        for wanted, got in zip(self.wanted, run(*self.inputs), strict=True):
-            one, other = (value[: self.real].float().flatten(1) for value in (wanted, got))
-            found = torch.nn.functional.cosine_similarity(one, other, dim=1).min()
-            least = min(least, float(found)) if found == found else -1.0
-        return least
-
-    def _seconds(self, run: Lowered) -> float:
-        """The fastest of some runs: what else the machine does only ever adds."""
-        run(*self.inputs)
-        times: list[float] = []
-        while len(times) < _LEAST_RUNS or (sum(times) < _SECONDS and len(times) < _MOST_RUNS):
-            began = time.perf_counter()
-            run(*self.inputs)
-            times.append(time.perf_counter() - began)
-        return min(times)
+def _tried(trial: Trial, choice: Choice, found: Measured) -> Tried:
+    why = found.why
+    if not why and not found.cosine >= MIN_COSINE:
+        why = f"cosine {found.cosine:.4f} to eager float32"
+    figures = (found.row_seconds, found.cosine, found.compile_seconds, found.ready_seconds)
+    return Tried(trial.segment.name, trial.rows, trial.threads, choice, *figures, why)
 
 
 def _inputs(

@@ -1,7 +1,8 @@
 """Which backend and number type each segment gets on this machine, and why; and the lowered segments, kept.
 
     runtime.dtype    as configured; auto: bfloat16 for large encoders where the processor multiplies it faster
-    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment, else eager
+    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment; eager where nothing was,
+                     or where that can't be had any more
 
 Heads stay float32 and eager: they cost little, and confidence is made there. An encoder whose short twin fails the
 parity gate (`mmpipe.parity`) stays float32 and eager too.
@@ -74,25 +75,29 @@ class Lowering:
         )
 
     def lower(self, plan: Plan, segment: Segment, module: GraphModule, way: Resolved) -> Lowered:
-        """One segment's module as `way` has it. Raises ConfigError where the configured backend can't, Unlowerable
-        elsewhere."""
+        """One segment's module as `way`, which `choose` had a part in, has it. Raises ConfigError where the configured
+        backend can't, Unlowerable where a tuned one can't for a graph that was edited since."""
         choice = way.segments.get(segment.name, PLAIN)
-        target = Target(way.batch_size, getattr(torch, choice.dtype), way.threads, compiled_folder())
+        try:
+            return self._made(plan, segment, module, choice, way.batch_size, way.threads)
+        except Unlowerable as error:
+            if self.config.runtime.backend == "auto":
+                raise
+            hint = "runtime.backend: eager runs anywhere"
+            raise self.config.error("runtime.backend", str(error), hint) from error
+
+    def _made(
+        self, plan: Plan, segment: Segment, module: GraphModule, choice: Choice, rows: int, threads: int
+    ) -> Lowered:
+        """Lowered, or kept from before."""
+        target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder())
         placed = self.device.place(module)
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
             return lower("eager", segment, placed, target)
-        rows = 0 if choice.backend == "eager" else way.batch_size
-        threads = 0 if choice.backend == "eager" else way.threads
-        key = (id(module), choice, rows, threads)
+        key = (id(module), choice, *((0, 0) if choice.backend == "eager" else (rows, threads)))
         if key not in self._kept:
-            try:
-                examples = examples_of(plan, segment, way.batch_size)
-                self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)
-            except Unlowerable as error:
-                if self.config.runtime.backend == "auto":
-                    raise
-                hint = "runtime.backend: eager runs anywhere"
-                raise self.config.error("runtime.backend", str(error), hint) from error
+            examples = examples_of(plan, segment, rows)
+            self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)
         return self._kept[key][1]
 
     def forget(self) -> None:
@@ -103,14 +108,20 @@ class Lowering:
         runtime = self.config.runtime
         if segment.branch == HEAD or segment.branch in self.refused:
             return PLAIN, ""
-        large = cost.weight_bytes([made.modules[segment.name]]) >= 4 * LARGE_NUMBERS
+        module = made.modules[segment.name]
+        large = cost.weight_bytes([module]) >= 4 * LARGE_NUMBERS
         if runtime.backend == "auto":
-            best = self.tuned.best(made.modules[segment.name], rows, threads)
-            if best is not None and runtime.dtype in ("auto", best.choice.dtype):
-                if best.pays(job_rows):
-                    return best.choice, f"tuned: {segment.name} {best.told}"
+            # what was measured on the processor says nothing of another device
+            best = self.tuned.best(module, rows, threads) if self.device.kind == "cpu" else None
+            if best is None or runtime.dtype not in ("auto", best.choice.dtype):
+                return self._eager(large), ""
+            if not best.pays(job_rows):
                 return self._eager(large), f"{segment.name} {best.not_yet(job_rows)}"
-            return self._eager(large), ""
+            try:  # now, so that what is resolved is what runs
+                self._made(made.plan, segment, module, best.choice, rows, threads)
+            except Unlowerable as error:
+                return self._eager(large), f"{segment.name} not {best.choice.backend}, which was fastest: {error}"
+            return best.choice, f"tuned: {segment.name} {best.told}"
         dtype = self._eager(large).dtype
         if runtime.backend == "onnx" and runtime.dtype == "auto":
             dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU

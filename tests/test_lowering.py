@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from support import hub, shop
+from support import compilers, hub, shop
 
-from mmpipe import ConfigError, Pipeline, autotune, lowering, machine, parity
+from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity
+from mmpipe.explain import collect
 from mmpipe.graphs.backends import Unlowerable
 from mmpipe.parity import Shift
 from mmpipe.resolved import PLAIN, Choice
@@ -146,6 +149,38 @@ def test_a_backend_that_is_configured_and_can_not_is_an_error(weights, monkeypat
         pipeline(text="a red mug")
 
 
+def test_a_tuned_backend_that_is_gone_is_eager_and_explain_says_so(weights, kept, tmp_path, monkeypatch):
+    made = shop.config(weights, runtime={"cache": "off"})
+    with Pipeline.load(made) as pipeline:
+        way = pipeline.resolved
+        won = [(pipeline.modules[name], way.batch_size, way.threads, best(ready=0.0)) for name in ("image@0", "text@0")]
+        Tuned().keep(won)
+        samples = list(pipeline.find(shop.media(tmp_path / "media", 12)).samples)
+        wanted = pipeline.predict(samples)
+    whole, asked = lowering.lower, []
+
+    def lower(backend, segment, module, target, examples=()):
+        if backend == "inductor":
+            asked.append(segment.name)
+            if segment.name == "image@0":
+                raise Unlowerable("inductor needs a C++ compiler")
+            backend = "eager"
+        return whole(backend, segment, module, target, examples)
+
+    monkeypatch.setattr(lowering, "lower", lower)
+    with Pipeline.load(made) as pipeline:
+        answers = pipeline.predict(samples)
+        assert pipeline.resolved.segments == {"text@0": Choice("inductor", "float32")}
+        explained = collect.explain(pipeline, samples)
+    assert {"image@0", "text@0"} == set(asked)
+    assert [one.label for one in answers] == [one.label for one in wanted]
+    (why,) = (one["why"] for one in explained["autos"] if one["key"] == "runtime.backend")
+    assert "image@0 not inductor, which was fastest: inductor needs a C++ compiler" in why
+    assert "tuned: text@0 inductor float32" in why
+    backends = {one["name"]: one["backend"] for one in explained["segments"]}
+    assert (backends["image@0"], backends["text@0"]) == ("eager", "inductor")
+
+
 def best(backend="inductor", dtype="float32", row=0.001, plain=0.003, ready=2.0):
     return Best(Choice(backend, dtype), row, plain, PLAIN, ready)
 
@@ -194,24 +229,15 @@ def test_a_broken_file_of_winners_counts_as_none(kept, text):
 def test_autotune_measures_each_way_and_the_fastest_at_parity_wins(weights, kept, tmp_path, monkeypatch):
     monkeypatch.setattr(autotune, "_SECONDS", 0.0)
     monkeypatch.setattr(autotune, "bfloat16_gain", lambda: 2.0)
-    whole = autotune.lower
-
-    def lower(backend, segment, module, target, examples=()):
-        if backend == "inductor":
-            raise Unlowerable("no compiler here")
-        run = whole(backend, segment, module, target, examples)
-        if segment.branch == "text" and target.dtype != torch.float32:
-            return lambda *tensors: tuple(-result for result in run(*tensors))  # never at parity
-        return run
-
-    monkeypatch.setattr(autotune, "lower", lower)
     said = []
     with Pipeline.load(shop.config(weights)) as pipeline:
         samples = pipeline.find(shop.media(tmp_path / "media", 9)).samples
-        tuning = autotune.autotune(pipeline, samples, backends=["eager", "inductor"], say=said.append)
+        tuning = autotune.autotune(
+            pipeline, samples, backends=["eager", "inductor"], say=said.append, lower=compilers.lower
+        )
     assert {one.segment for one in tuning.tried} == {"image@0", "text@0", "audio@0"}
     text = [one for one in tuning.tried if one.segment == "text@0" and one.choice == Choice("eager", "bfloat16")]
-    assert all("cosine -" in one.why for one in text)
+    assert [one.why for one in text if "cosine -" not in one.why] == []
     assert all(one.why == "no compiler here" for one in tuning.tried if one.choice.backend == "inductor")
     assert {found.choice for (name, _, _), found in tuning.best.items() if name == "text@0"} == {PLAIN}
     assert len(said) == len(tuning.tried)
@@ -221,3 +247,27 @@ def test_autotune_measures_each_way_and_the_fastest_at_parity_wins(weights, kept
         ]
         assert found.row_seconds == min(one.row_seconds for one in fair)
         assert Tuned().best(pipeline.modules[name], rows, threads) == found
+
+
+def test_a_compiler_that_takes_its_process_down_is_a_line_and_what_comes_after_is_tried(weights, kept, monkeypatch):
+    monkeypatch.setattr(autotune, "_SECONDS", 0.0)
+    monkeypatch.setattr(autotune, "bfloat16_gain", lambda: 0.0)
+    said = []
+    with Pipeline.load(shop.config(weights, runtime={"batch_size": 4})) as pipeline:
+        tuning = autotune.autotune(pipeline, [], backends=["openvino"], say=said.append, lower=compilers.crashing)
+        places = {(one.segment, one.rows, one.threads) for one in tuning.tried}
+    assert {segment for segment, _, _ in places} == {"image@0", "text@0", "audio@0"}
+    assert set(tuning.best) == places
+    assert all(best.choice == PLAIN for best in tuning.best.values())
+    assert {(one.choice.backend, one.why) for one in tuning.tried} == {
+        ("eager", ""),
+        ("openvino", "it crashed (signal 11)"),
+    }
+    assert sum("not tried: it crashed (signal 11)" in text for text in said) == len(places)
+
+
+def test_autotune_measures_on_the_cpu(pipeline, monkeypatch):
+    there = replace(pipeline.resolved, device="cuda")
+    monkeypatch.setattr(pipeline.runners, "resolved", lambda: there)
+    with pytest.raises(InputError, match=r"autotune measures on the CPU, and runtime\.device is cuda"):
+        autotune.autotune(pipeline, [])

@@ -20,6 +20,8 @@ ALLOWED = {
     ("graphs/backends/openvino.py", "threading"): "a request for each thread that calls: they must not share memory",
     ("graphs/backends/tensorrt.py", "torch.cuda"): "asks whether there is a GPU; runs in the stream that is current",
     ("graphs/backends/tensorrt.py", "device="): "a context's own workspace and results, as a library's are its own",
+    ("mmpipe/trying.py", "multiprocessing"): "compilers, tried where they may crash: no device, and nothing shared",
+    ("mmpipe/trying.py", "multiprocessing.connection"): "its pipe",
     ("mmpipe/pipeline.py", "threading"): "a lock: one run of a pipeline at a time",
     ("mmpipe/jobs/job.py", "threading"): "asks for the main thread: only there may signals be handled",
 }

@@ -1,15 +1,19 @@
 """TensorRT, or TensorRT for RTX, through ONNX: building takes no torch, running takes an NVIDIA GPU.
 
+typed_onnx      a segment → ONNX in the types that its engine computes in
 build_engine    ONNX → an engine's bytes, kept in the target's folder
 lower           a segment → a function of CUDA tensors
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -17,9 +21,14 @@ from torch import Tensor, fx
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
 from mmpipe.graphs.backends.artefacts import kept
 from mmpipe.graphs.backends.export import needed, onnx_of, places_of
+from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import Segment
+from mmpipe.graphs.precision import lowered
+
+aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SETTINGS = "no auxiliary streams, no TF32"  # `_build`'s: an engine that was built with others is not found
 
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
@@ -32,7 +41,7 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         raise Unlowerable(f"{segment.name}: TensorRT runs on an NVIDIA GPU, and torch sees none")
     if target.dtype not in _DTYPES:
         raise Unlowerable(f"{segment.name}: TensorRT computes in float32, float16 or bfloat16, not in {target.dtype}")
-    content = onnx_of(segment, _typed(module, target.dtype), target, examples)
+    content = typed_onnx(segment, module, target, examples)
     log = _log(package)
     engine = package.Runtime(log).deserialize_cuda_engine(build_engine(content, target))
     if engine is None:
@@ -48,6 +57,35 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     return run
 
 
+def typed_onnx(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> bytes:
+    """The segment's ONNX, cast to target.dtype beforehand: a strongly typed network computes in what it gets."""
+    return onnx_of(segment, lowered(_sliced(module), target.dtype, mixed=False), target, examples)
+
+
+def _sliced(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with parts of a product's last dimension taken by slice, all of them, where a split dimension's one place
+    was selected: TensorRT gives up where queries are taken one way and keys the other."""
+    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in made.graph.find_nodes(op="call_function", target=aten.select.int):
+        split, dim, place = cast("tuple[Any, Any, Any]", node.args)
+        if split.target not in (aten.reshape.default, aten.view.default):
+            continue
+        source, sizes = split.args[0], [*split.args[1]]
+        dim, place = dim % len(sizes), place if place >= 0 else place + sizes[dim]
+        shape, width = mark_of(source).shape, math.prod(sizes[dim + 1 :])
+        if shape is None or width * sizes[dim] != shape[-1]:  # more than the last dimension was split
+            continue
+        with made.graph.inserting_before(node):
+            part = made.graph.call_function(aten.slice.Tensor, (source, -1, place * width, (place + 1) * width))
+            whole = made.graph.call_function(split.target, (part, [*sizes[:dim], *sizes[dim + 1 :]]))
+        part.meta["mmpipe"] = replace(mark_of(source), shape=(*shape[:-1], width))
+        whole.meta["mmpipe"] = mark_of(node)
+        node.replace_all_uses_with(whole)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
 def build_engine(onnx_bytes: bytes, target: Target) -> bytes:
     """An engine for what `onnx_of` made, whose types are the engine's. No GPU is needed for TensorRT for RTX.
 
@@ -55,7 +93,7 @@ def build_engine(onnx_bytes: bytes, target: Target) -> bytes:
     """
     package = _package()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    made_of = f"{hashlib.sha256(onnx_bytes).hexdigest()} {package.__name__} {package.__version__} {gpu}"
+    made_of = f"{hashlib.sha256(onnx_bytes).hexdigest()} {package.__name__} {package.__version__} {gpu} {_SETTINGS}"
     name = hashlib.sha256(made_of.encode()).hexdigest()[:40]
     return kept(target.folder, f"{name}.engine", lambda: _build(package, onnx_bytes))
 
@@ -72,15 +110,11 @@ def _build(package: ModuleType, onnx_bytes: bytes) -> bytes:
         raise Unlowerable(f"TensorRT can't take the graph: {'; '.join(errors) or _said(log)}")
     config = builder.create_builder_config()
     config.max_aux_streams = 0  # what runs side by side is the plan's to say
+    config.clear_flag(package.BuilderFlag.TF32)  # ten bits of float32's digits would be left
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Unlowerable(f"TensorRT can't build an engine: {_said(log)}")
     return bytes(engine)
-
-
-def _typed(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """The module, cast: a strongly typed network computes in the types that it is given."""
-    return module
 
 
 def _package() -> ModuleType:

@@ -22,6 +22,8 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
     "runtime.dtype": ("auto", "float32", "bfloat16"),
 }
+_ON_THE_HOST = ("openvino", "onnx")  # backends that read their inputs in the host's memory
+_ON_A_GPU = ("tensorrt",)
 
 
 def problems_of(config: Config, *, training: bool = False) -> list[Problem]:
@@ -29,7 +31,7 @@ def problems_of(config: Config, *, training: bool = False) -> list[Problem]:
 
     `training`: for who brings what a run can't do without: the head's weights, the exits' probes, the labels.
     """
-    checks = (_implemented, _labels, _encoders, _fusion, exit_problems, _input)
+    checks = (_implemented, _labels, _encoders, _fusion, exit_problems, _runtime, _input)
     found = [problem for check in checks for problem in check(config)]
     return [problem for problem in found if not (training and problem.trained)]
 
@@ -309,6 +311,17 @@ def _seen(config: Config, entries: Sequence[ExitEntry]) -> dict[str, float]:
     if entries[0].part == "head":
         return {**dict.fromkeys(config.encoders, float("inf")), "head": float(entries[0].layer or 0)}
     return {entry.part: float(entry.layer or "inf") for entry in entries}
+
+
+def _runtime(config: Config) -> Iterator[Problem]:
+    """A backend that would be handed memory which it can't read."""
+    backend, device = config.runtime.backend, config.runtime.device
+    if device.startswith("cuda") and backend in _ON_THE_HOST:
+        message = f"{backend} computes on the CPU, and runtime.device is {device}"
+        yield Problem("runtime.backend", message, "backend: eager or tensorrt; or device: cpu")
+    elif not device.startswith("cuda") and backend in _ON_A_GPU:
+        message = f"{backend} computes on an NVIDIA GPU, and runtime.device is {device}"
+        yield Problem("runtime.backend", message, "device: cuda; or backend: eager, inductor, openvino or onnx")
 
 
 def _input(config: Config) -> Iterator[Problem]:

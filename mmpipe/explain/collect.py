@@ -25,6 +25,7 @@ from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.loading import freed_memory_is_kept
 from mmpipe.machine import versions
 from mmpipe.pipeline import Pipeline
+from mmpipe.resolved import PLAIN
 from mmpipe.runtime.device import cuda_devices
 from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample
@@ -135,7 +136,7 @@ def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str
                 "bucket_seconds": bucket,
                 "products_share": min(1.0, alone / bucket) if bucket else 0.0,
                 "workspace_bytes": cost.workspace_bytes(modules[segment.name], rows),
-                "backend": pipeline.resolved.backend,
+                "backend": pipeline.resolved.segments.get(segment.name, PLAIN).backend,
             }
         )
     return lines

@@ -123,8 +123,7 @@ class Chains:
         if node.target is aten.select.int:
             return _selected(before, node.args[1], node.args[2])
         if node.target is aten.slice.Tensor:
-            dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-            return _sliced(before, dim, start, end, step)
+            return _sliced(before, *node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
         return None
 
     def _part(self, node: fx.Node, several: Any, place: Any) -> Read | None:

@@ -40,7 +40,7 @@ def _in_patches(graph: FusedGraph, node: fx.Node) -> bool:
                                  for n, d in ((1, 1), (2, 0), (3, 1)))  # fmt: skip
     groups = rest[4] if len(rest) > 4 else 1
     height, width = mark.shape[2:]  # type: ignore[index]
-    whole = height % kernel[0] == 0 and width % kernel[1] == 0  # type: ignore[operator]
+    whole = height % kernel[0] == 0 and width % kernel[1] == 0
     plain = padding == (0, 0) and dilation == (1, 1) and groups == 1
     return bool(stride == tuple(kernel) and kernel.numel() > 1 and whole and plain)
 

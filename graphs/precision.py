@@ -41,7 +41,7 @@ _STATISTICS = {
     aten.to.dtype,  # the model asks for it
 }
 _MOVES = {aten.expand.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.permute.default}
-_EXACT = {torch.uint8, torch.bool}  # whose numbers the shorter types hold as they are
+_EXACT = (torch.uint8, torch.bool)  # whose numbers the shorter types hold as they are
 # With float32 weights beside a shorter input; a CPU mixes them, and keeps the weights' digits.
 _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default}
 
@@ -134,7 +134,7 @@ class _Lowering:
             return self._constant(node)
         if node.target in _MOVES and _is_float(node.all_input_nodes[0]):
             return self._moved(node)
-        if node not in self.casts and node.target is aten.to.dtype and mark_of(node.args[0]).dtype in _EXACT:
+        if node not in self.casts and _from_exact(node):
             with self.graph.inserting_before(user):
                 self.casts[node] = self.graph.call_function(aten.to.dtype, (node.args[0], self.dtype))
             self.casts[node].meta["mmpipe"] = node.meta.get("mmpipe")
@@ -184,6 +184,12 @@ class _Lowering:
             long = self.graph.call_function(aten.to.dtype, (node, torch.float32))
         long.meta["mmpipe"] = node.meta.get("mmpipe")
         return long
+
+
+def _from_exact(node: fx.Node) -> bool:
+    """A cast of numbers that any type holds as they are: pixels, flags."""
+    source = node.args[0] if node.args else None
+    return node.target is aten.to.dtype and isinstance(source, fx.Node) and mark_of(source).dtype in _EXACT
 
 
 def _before_logarithms(graph: fx.Graph) -> set[fx.Node]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.fuse import FusedGraph, get_tensor, mark_of, set_tensor
-from mmpipe.graphs.plan import Mark
+from mmpipe.graphs.plan import HEAD, Mark
 
 aten = torch.ops.aten
 
@@ -22,10 +22,11 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def join_attention(graph: FusedGraph) -> int:
-    """Returns how many were found."""
+    """Returns how many were found. Heads are left as they are: the copies for different exits have different masks, one
+    would be joined and another not, and the same sample would get other last bits from each."""
     found = 0
     for node in list(graph.graph.nodes):
-        scores = _scores(node)
+        scores = _scores(node) if mark_of(node).branch != HEAD else None
         if scores is not None:
             found += _join(graph, node, scores)
     graph.graph.eliminate_dead_code()

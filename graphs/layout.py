@@ -102,7 +102,8 @@ def _shorten(graph: FusedGraph, node: fx.Node, users: list[fx.Node], chains: Cha
     root = chains.root(node)
     if root is None:
         return
-    length = chains.length(node)
+    between = chains.between(node)
+    length = len(between)
     from_, to = mark_of(root).shape, mark_of(node).shape
     assert from_ is not None
     assert to is not None
@@ -119,7 +120,9 @@ def _shorten(graph: FusedGraph, node: fx.Node, users: list[fx.Node], chains: Cha
     if not steps and root.op == "placeholder":  # an encoder that hands on its input still needs something to run
         users = [user for user in users if user.op != "output"]
     made = _write(graph, node, root, steps)
-    if node.target in COPIES or any(user.target in _STRICT for user in users):
+    # Dense where it was: sums over what lies otherwise round otherwise, and a value that is carried lies dense.
+    copied = any(one.target in COPIES for one in between)
+    if node.target in COPIES or any(user.target in _STRICT or (copied and user.target not in _TAKES) for user in users):
         made = _dense(graph, node, made, steps)
     for user in users:
         user.replace_input_with(node, made)
@@ -127,6 +130,7 @@ def _shorten(graph: FusedGraph, node: fx.Node, users: list[fx.Node], chains: Cha
 
 # whose result lies in another order than its shape tells
 _TURNED = {aten.scaled_dot_product_attention.default, aten.conv1d.default, aten.conv2d.default}
+_TAKES = {aten.scaled_dot_product_attention.default}  # an operand however it lies
 # what would take a transposed operand apart
 _STRICT = {aten.linear.default, aten.matmul.default, aten.bmm.default, aten.conv1d.default, aten.conv2d.default}
 

@@ -180,8 +180,8 @@ class Chains:
                 known[node] = torch.arange(count, dtype=torch.int32).reshape(-1, *shape[1:])
         return known[node]
 
-    def length(self, node: fx.Node) -> int:
-        """Operations between the root and the value."""
+    def between(self, node: fx.Node) -> set[fx.Node]:
+        """Operations between the root and the value, its own among them."""
         seen: set[fx.Node] = set()
         waiting = [node]
         while waiting:
@@ -189,7 +189,7 @@ class Chains:
             if one not in seen and moves(one):
                 seen.add(one)
                 waiting.extend(one.all_input_nodes)
-        return len(seen)
+        return seen
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------

@@ -134,7 +134,14 @@ class Call:
         return reads, writes - driver.spare
 
     def _is_view(self) -> bool:
-        return any(r.alias_info is not None and not r.alias_info.is_write for r in self.func._schema.returns)
+        """A cast may be one and copies: what has been returned tells."""
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in self.func._schema.returns):
+            return False
+        given, returned = (
+            {value.untyped_storage().data_ptr() for value in tree_leaves(values) if isinstance(value, Tensor)}
+            for values in ((self.args, self.kwargs), self.results)
+        )
+        return returned <= given
 
     def again(self) -> None:
         """As a replay would: the same operands where they are, results into the same places."""

@@ -2,7 +2,7 @@
 
     python examples/full_size.py MODELS
     python examples/benchmark_media.py MEDIA --n 200
-    python examples/benchmark.py MODELS MEDIA [--output benchmark.json]
+    python examples/benchmark.py MODELS MEDIA [--output benchmark.json] [--plot benchmark.svg]
 
 Every contender embeds every photo (CLIP ViT-B/32), text (MiniLM-L6) and sound (CLAP) of the folder. Rounds are
 interleaved in random order; medians of items a second, and ratios to the plain script of the same round with their
@@ -276,6 +276,29 @@ def table(found: Sequence[Contender], count: int) -> Iterator[str]:
         yield f"| {one.name} | {rate:.1f} | {spread} | {least:.5f}{flag} | {one.ready_seconds:.0f} s |"
 
 
+def plot(found: Sequence[Contender], count: int) -> str:
+    """Items a second as bars, an SVG: medians, and thin lines from the slowest round to the fastest."""
+    height, left, right = 26, 250, 420
+    rates = [sorted(count / seconds for seconds in one.seconds) for one in found]
+    scale = right / max(rate[-1] for rate in rates)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + right + 70} {height * len(found) + 34}" '
+        f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
+    ]
+    for number, (one, rate) in enumerate(zip(found, rates, strict=True)):
+        top, middle = 8 + height * number, statistics.median(rate)
+        colour = "#0f766e" if one.name.startswith("mmpipe") else "#94a3b8"
+        parts.append(
+            f'<text x="{left - 8}" y="{top + 14}" text-anchor="end">{one.name}</text>'
+            f'<rect x="{left}" y="{top}" width="{middle * scale:.1f}" height="18" fill="{colour}"/>'
+            f'<path d="M{left + rate[0] * scale:.1f} {top + 9}H{left + rate[-1] * scale:.1f}" stroke="#111"/>'
+            f'<text x="{left + rate[-1] * scale + 6:.1f}" y="{top + 14}">{middle:.1f}</text>'
+        )
+    about = f"items a second; {count} items, medians of {len(found[0].seconds)} rounds; {machine()}"
+    parts.append(f'<text x="{left}" y="{height * len(found) + 24}" fill="#475569" font-size="11">{about}</text></svg>')
+    return "".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path)
@@ -284,6 +307,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], help="contenders whose name has one of these words")
     parser.add_argument("--output", type=Path, help="all that was measured, as JSON")
+    parser.add_argument("--plot", type=Path, help="items a second, as an SVG")
     options = parser.parse_args()
     keep_freed_memory()  # for every contender alike
     items = sorted(path.with_suffix("") for path in options.media.glob("*.jpg"))[: options.n]
@@ -291,6 +315,8 @@ def main() -> None:
     found = list(contenders(options.models, options.media, items, options.skip))
     measure(found, options.rounds)
     print("\n".join(["", *table(found, len(items))]))
+    if options.plot:
+        options.plot.write_text(plot(found, len(items)), encoding="utf-8")
     if options.output:
         plain = [{key: value for key, value in vars(one).items() if key != "run"} for one in found]
         options.output.write_text(

@@ -370,3 +370,12 @@ def set_tensor(root: nn.Module, target: str, tensor: Tensor) -> None:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     root.register_buffer(name, tensor.detach())
+
+
+def drop_unread_tensors(module: fx.GraphModule) -> None:
+    """Let go of what no node of the graph reads any more."""
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(module.named_buffers(remove_duplicate=False)):
+        if name not in read:
+            path, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(path), leaf)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.attention import join_attention, merge_products
-from mmpipe.graphs.fuse import FusedGraph, get_tensor, mark_of, outputs_of, set_tensor
+from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, outputs_of, set_tensor
 from mmpipe.graphs.layout import straighten
 from mmpipe.graphs.patches import multiply_patches
 from mmpipe.graphs.plan import GraphError
@@ -51,7 +51,7 @@ def optimise(graph: FusedGraph) -> dict[str, int]:
     ):
         removed[one.__name__] = removed.get(one.__name__, 0) + one(graph)
         verify(graph)
-    _drop_unread_tensors(graph)
+    drop_unread_tensors(graph)
     graph.recompile()
     return removed
 
@@ -117,7 +117,7 @@ def share_weights(graph: FusedGraph) -> int:
                 saved += tensor.nbytes
             done[node.target] = twin or node.target
         node.target = done[node.target]
-    _drop_unread_tensors(graph)
+    drop_unread_tensors(graph)
     return saved
 
 
@@ -162,7 +162,7 @@ def fold_constants(graph: FusedGraph) -> int:
         graph.graph.erase_node(node)
         count += 1
     count += _sweep(graph)
-    _drop_unread_tensors(graph)
+    drop_unread_tensors(graph)
     return count
 
 
@@ -211,7 +211,7 @@ def fold_normalisation(graph: FusedGraph) -> int:
             args.append(constant)
         node.args = (*args, *node.args[3:])
         count += _sweep(graph)
-    _drop_unread_tensors(graph)
+    drop_unread_tensors(graph)
     return count
 
 
@@ -317,7 +317,7 @@ def align_products(graph: FusedGraph) -> int:
         node.target, node.args = aten.linear.default, (left, wide, *node.args[2:])
         count += 1
     _sweep(graph)
-    _drop_unread_tensors(graph)
+    drop_unread_tensors(graph)
     return count
 
 
@@ -389,11 +389,3 @@ def _sweep(graph: FusedGraph) -> int:
             graph.graph.erase_node(node)
             count += 1
     return count
-
-
-def _drop_unread_tensors(graph: FusedGraph) -> None:
-    read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    for name, _ in list(graph.named_buffers(remove_duplicate=False)):
-        if name not in read:
-            path, _, leaf = name.rpartition(".")
-            delattr(graph.get_submodule(path), leaf)

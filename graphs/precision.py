@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mmpipe.graphs.fuse import get_tensor, mark_of, set_tensor
+from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 
 aten = torch.ops.aten
 
@@ -58,9 +58,7 @@ def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True) -
     made = fx.GraphModule(module, copy.deepcopy(module.graph))
     _Lowering(made, dtype, mixed).run()
     made.graph.eliminate_dead_code()
-    read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
-    for name in [name for name, _ in made.named_buffers(remove_duplicate=False) if name not in read]:
-        _delete(made, name)
+    drop_unread_tensors(made)
     made.graph.lint()
     made.recompile()
     return made
@@ -205,8 +203,3 @@ def _before_logarithms(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_float(node: fx.Node) -> bool:
     return mark_of(node).dtype == torch.float32
-
-
-def _delete(module: fx.GraphModule, name: str) -> None:
-    path, _, last = name.rpartition(".")
-    delattr(module.get_submodule(path), last)

@@ -1,4 +1,5 @@
-"""The slow twin of every other backend: the graph as it is, one ATen operation after the other.
+"""The slow twin of every other backend, in float32: the graph as it is, one ATen operation after the other. In bfloat16
+on a CPU its products are on packed weights (packed.py); a log spectrum is computed a few rows at a time.
 
 A segment becomes one straight Python function. Against the code that torch.fx writes it saves what a small segment
 feels: tensors are found as locals instead of through `nn.Module.__getattr__`, operations without the lookups in

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mmpipe.graphs.fuse import get_tensor, mark_of, set_tensor
+from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 
 aten = torch.ops.aten
 
@@ -46,10 +46,7 @@ def packed(module: fx.GraphModule) -> fx.GraphModule:
         if _fits(made, node):
             _pack(made, node)
     made.graph.eliminate_dead_code()
-    read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
-    for name in [name for name, _ in made.named_buffers(remove_duplicate=False) if name not in read]:
-        path, _, last = name.rpartition(".")
-        delattr(made.get_submodule(path), last)
+    drop_unread_tensors(made)
     made.recompile()
     return made
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import hub
-from support.lowering import FAMILIES, TOLERANCE, case_of, error, family, packaged, permuted_alike
+from support.lowering import FAMILIES, TOLERANCE, Small, case_of, error, family, packaged, permuted_alike, small
 from torch import nn
 
 from mmpipe.graphs.backends import Target, Unlowerable, export, lower
@@ -28,20 +28,6 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quickstart():
     return packaged("quickstart")
-
-
-class Small(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.inner = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return (torch.relu(self.inner(x)),)
-
-
-def small(seed=0):
-    return case_of(Small(seed), torch.randn(4, 6))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

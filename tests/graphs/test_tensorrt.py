@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import hub
-from support.lowering import ROWS, TOLERANCE, case_of, error, family, packaged
+from support.lowering import ROWS, TOLERANCE, case_of, error, family, packaged, small
 from torch import nn
 
 from mmpipe.graphs.backends import Target, Unlowerable, lower, tensorrt
@@ -144,20 +144,6 @@ def test_what_is_masked_changes_nothing(models, kept, dtype):
     assert not torch.equal(ids, other)
     assert error(masked, plain) <= TOLERANCE
     assert error(seen, plain) > 1e-2
-
-
-class Small(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.inner = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return (torch.relu(self.inner(x)),)
-
-
-def small(seed=0):
-    return case_of(Small(seed), torch.randn(4, 6))
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

@@ -108,3 +108,19 @@ def case_of(module: nn.Module, *inputs: Tensor) -> Case:
     """Any module that torch.fx can trace, as a segment."""
     segment = Segment("image@0", 0, "image", (), (), (), 1)
     return Case(segment, fx.symbolic_trace(module), inputs)
+
+
+class Small(nn.Module):
+    """One product: what is quick to compile."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.relu(self.inner(x)),)
+
+
+def small(seed: int = 0) -> Case:
+    return case_of(Small(seed), torch.randn(4, 6))

@@ -295,7 +295,7 @@ def plot(found: Sequence[Contender], count: int) -> str:
             f'<text x="{left + rate[-1] * scale + 6:.1f}" y="{top + 14}">{middle:.1f}</text>'
         )
     about = f"items a second; {count} items, medians of {len(found[0].seconds)} rounds; {machine()}"
-    parts.append(f'<text x="{left}" y="{height * len(found) + 24}" fill="#475569" font-size="11">{about}</text></svg>')
+    parts.append(f'<text x="60" y="{height * len(found) + 24}" fill="#475569" font-size="11">{about}</text></svg>')
     return "".join(parts)
 
 

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from mmpipe.answers import FULL
 from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
+from mmpipe.capturing import captured_encoder, captured_head
 from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
 from mmpipe.encoders.own import source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
-from mmpipe.fusion.heads import DepthHead, HeadError, ZeroShotHead, prompt_prototypes
-from mmpipe.graphs.capture import Captured, capture
+from mmpipe.fusion.heads import HeadError, ZeroShotHead, prompt_prototypes
 from mmpipe.graphs.fuse import ExitSpec, FusedGraph, PooledLayer, Probe, fuse
 from mmpipe.graphs.passes import optimise
-from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
+from mmpipe.graphs.plan import HEAD, GraphError
 
 _TEXTS = (".json", ".txt", ".model", ".bpe", ".yaml")
 
@@ -110,15 +110,16 @@ def build(
     branches = []
     for modality, encoder in encoders.items():
         with _as_config_error(config, f"encoders.{modality}.model"):
-            branches.append(_captured(encoder, modality))
+            about = {"model": by_name[modality].model, "preparation": prepared_by[modality]}
+            branches.append(captured_encoder(encoder, modality, about))
     exits = gating.exits if classifies else ()
     specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(exits)]
     states = _states(config, encoders) if encoders_only else []
     with _as_config_error(config, "fusion.exits" if specs or states else "fusion.head"):
-        captured_head = _captured_head(head, dims) if head is not None else None
-        if captured_head is not None:
+        fused_head = captured_head(head, dims, own=":" in config.fusion.head) if head is not None else None
+        if fused_head is not None:
             specs.append(ExitSpec(FULL, tuple(encoders)))
-        graph = fuse(branches, captured_head, specs, states)
+        graph = fuse(branches, fused_head, specs, states)
         removed = optimise(graph)
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder, fast)]
     if config.fusion.head == "zero_shot" and specs[:-1] and calibration is None:
@@ -237,25 +238,6 @@ def _small_files(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def example_medium(modality: str) -> Any:
-    """A medium to try an encoder on: a grey picture, a few words, a second of silence at 16 kHz."""
-    import numpy as np
-    from PIL import Image
-
-    if modality == "image":
-        return Image.new("RGB", (64, 48), (128, 128, 128))
-    return "an example" if modality == "text" else (np.zeros(16_000, dtype=np.float32), 16_000)
-
-
-def _captured(encoder: Encoder, modality: str) -> Captured:
-    built = encoder if isinstance(encoder, BuiltEncoder) else None
-    example = built.example if built else example_medium(modality)
-    rows = encoder.prepare(example)
-    if not isinstance(rows, Mapping) or not all(isinstance(row, Tensor) for row in rows.values()):
-        raise EncoderError(f"prepare() returns {type(rows).__name__}; it must return a dict of tensors")
-    return capture(encoder.module.eval(), rows, name=modality, layers=built.layers if built else None)
-
-
 def _checkpoint(config: Config) -> Checkpoint | None:
     if config.fusion.checkpoint is None:
         return None
@@ -303,25 +285,6 @@ def _zero_shot(config: Config, encoders: Mapping[str, Encoder]) -> ZeroShotHead:
         scales[modality] = settings.logit_scale if settings and settings.logit_scale else own
         weights[modality] = settings.weight if settings else 1.0
     return ZeroShotHead(prototypes, scales=scales, weights=weights)
-
-
-class _HeadCall(nn.Module):
-    """A head as capture wants it: keyword tensors in, one tensor per depth out."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, presence: Tensor, **embeddings: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.head, DepthHead):
-            return tuple(self.head.all_depths(embeddings, presence))
-        return (self.head(embeddings, presence),)
-
-
-def _captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:
-    rows: dict[str, Tensor] = {PRESENCE: torch.ones(len(dims), dtype=torch.bool)}
-    rows |= {modality: torch.zeros(dim) for modality, dim in dims.items()}
-    return capture(_HeadCall(head).eval(), rows, name=HEAD)
 
 
 def _exit_spec(

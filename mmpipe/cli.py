@@ -20,7 +20,7 @@ import typer
 
 from mmpipe import __version__
 from mmpipe.errors import ConfigError, Interrupted, MmpipeError
-from mmpipe.loading import keep_freed_memory
+from mmpipe.loading import keep_freed_memory, leave_garbage_at_exit
 
 if TYPE_CHECKING:
     from mmpipe.config import Config
@@ -52,6 +52,7 @@ _AFRESH = ("fusion.calibration=null", "runtime.cache=off")
 def main() -> None:
     """Entry point: errors become one message and an exit code, never a traceback."""
     keep_freed_memory()
+    leave_garbage_at_exit()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that can't show a character shows its number
             stream.reconfigure(errors="backslashreplace")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 _PACKAGES = (
-    *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "numpy"),
-    *("pillow", "soundfile", "soxr", "av", "openvino", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"),
+    *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "timm"),
+    *("numpy", "pillow", "soundfile", "soxr", "av", "openvino", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"),
 )
 
 

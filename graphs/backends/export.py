@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.backends import Target, Unlowerable
-from mmpipe.graphs.backends.artefacts import kept
 from mmpipe.graphs.backends.spectrum import as_products
 from mmpipe.graphs.digest import digest
 from mmpipe.graphs.plan import GraphError, Segment

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
-from mmpipe.graphs.backends.artefacts import kept
 from mmpipe.graphs.backends.export import needed, onnx_of, places_of
 from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import Segment

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from mmpipe.graphs.backends.artefacts import kept
+from mmpipe.graphs.artefacts import kept
 
 
 class Maker:
@@ -62,7 +62,7 @@ def test_a_file_that_others_may_write_or_a_link_is_not_read(tmp_path):
 def test_a_folder_that_is_open_to_others_is_not_used(tmp_path, mode):
     kept(tmp_path, "a.bin", Maker(b"before"))
     tmp_path.chmod(mode)
-    with pytest.warns(RuntimeWarning, match=rf"is open to others \(mode {mode:o}; chmod 700 would help\): what was"):
+    with pytest.warns(RuntimeWarning, match=rf"is open to others \(mode {mode:o}; chmod 700 would help\): what is"):
         assert kept(tmp_path, "a.bin", Maker(b"after")) == b"after"
     tmp_path.chmod(0o700)
     assert kept(tmp_path, "a.bin", Maker(b"after")) == b"before"
@@ -72,7 +72,7 @@ def test_another_users_folder_is_not_used(tmp_path, monkeypatch):
     kept(tmp_path, "a.bin", Maker(b"before"))
     owner = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.warns(RuntimeWarning, match=f"belongs to user {owner}: what was compiled is not kept"):
+    with pytest.warns(RuntimeWarning, match=f"belongs to user {owner}: what is made is not kept"):
         assert kept(tmp_path, "a.bin", Maker(b"after")) == b"after"
 
 

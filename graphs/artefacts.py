@@ -1,7 +1,7 @@
-"""What backends make, kept between runs: files that only their owner can have written, each pinned by its own hash.
+"""What takes long to make, kept between runs: files that only their owner can have written, each with its own hash.
 
-A compiled artefact is code. It is loaded only from a folder that is the user's alone, under a name that says what it
-was made of, and only where its bytes are still those that were written; in any other case it is made anew.
+A graph or a compiled artefact is code. It is loaded only from a folder that is the user's alone, under a name that
+says what it was made of, and only where its bytes are still those that were written; in any other case it is made anew.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from pathlib import Path
 _HASH_BYTES = hashlib.sha256().digest_size  # each file begins with the hash of the rest
 
 
-def kept(folder: Path | None, name: str, make: Callable[[], bytes]) -> bytes:
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], bytes], tell: Callable[[str], None] = _warn) -> bytes:
     """The bytes under `name` in `folder`; else what `make` gives, which is kept there. None: nothing is kept.
 
     The folder is made if need be, with mode 0700. Where it is another's, open to others, or can't be written, nothing
-    of it is used, and a RuntimeWarning says so.
+    of it is used, and `tell` (a RuntimeWarning) says so.
     """
     if folder is None:
         return make()
     fault = _fault(folder)
     if fault is not None:
-        _warn(f"{folder} {fault}: what was compiled is not kept, and will be compiled again")
+        tell(f"{folder} {fault}: what is made is not kept, and will be made again")
         return make()
     found = _read(folder / name)
     if found is None:
@@ -36,7 +40,7 @@ def kept(folder: Path | None, name: str, make: Callable[[], bytes]) -> bytes:
         try:
             _write(folder, name, found)
         except OSError as error:
-            _warn(f"{folder}: {name} is not kept, and will be compiled again: {error.strerror or error}")
+            tell(f"{folder}: {name} is not kept, and will be made again: {error.strerror or error}")
     return found
 
 
@@ -79,7 +83,3 @@ def _write(folder: Path, name: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=4)

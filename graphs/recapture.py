@@ -1,0 +1,73 @@
+"""A captured graph without its module's weights, as JSON: what spares the next load of the same module its capture.
+
+What it computes depends on the module's architecture and code, not on its weights; who keeps it has to know both.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from mmpipe.graphs import plain
+from mmpipe.graphs.capture import Captured
+from mmpipe.graphs.fuse import get_tensor
+
+
+def forget_weights(captured: Captured, module: nn.Module) -> bytes:
+    """`captured` of `module`: tensors of its own by their names, those that capture made as they are.
+
+    Raises plain.Unwritable.
+    """
+    own = {_place(tensor): name for name, tensor in _tensors(module).items()}
+    tensors: dict[str, Any] = {}
+    for node in captured.graph.graph.nodes:
+        if node.op == "get_attr":
+            tensor = get_tensor(captured.graph, node.target)
+            tensors[str(node.target)] = own.get(_place(tensor)) or _written(tensor)
+    about = {
+        "name": captured.name,
+        "inputs": list(captured.inputs),
+        "outputs": captured.outputs,
+        "layers": captured.layers,
+        "nodes": plain.written(captured.graph.graph),
+        "tensors": tensors,
+    }
+    return json.dumps(about).encode()
+
+
+def with_weights(content: bytes, module: nn.Module) -> Captured:
+    """What `forget_weights` made, on the weights of a `module` of the same architecture."""
+    about = json.loads(content)
+    own = _tensors(module)
+    tensors = {
+        target: own[found] if isinstance(found, str) else _read(found) for target, found in about["tensors"].items()
+    }
+    graph = fx.GraphModule(tensors, plain.read(about["nodes"]))
+    return Captured(about["name"], graph, tuple(about["inputs"]), about["outputs"], about["layers"])
+
+
+def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
+    """Parameters and buffers, those too that no checkpoint holds."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells two views of memory apart."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _written(tensor: Tensor) -> dict[str, Any]:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "data": base64.b64encode(data).decode()}
+
+
+def _read(about: Mapping[str, Any]) -> Tensor:
+    data = torch.from_numpy(np.frombuffer(base64.b64decode(about["data"]), dtype=np.uint8).copy())
+    dtype: torch.dtype = getattr(torch, about["dtype"].removeprefix("torch."))
+    return data.view(dtype).reshape(about["shape"])

@@ -1,0 +1,155 @@
+"""Encoders and heads → captured graphs, kept between runs where all that shapes them is known.
+
+torch.export takes most of the time until a pipeline's first result. What it finds depends on the architecture, on the
+code and on the libraries, all of which a name is made of; a class of the user's own may read anything, and is captured
+every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpipe import cache
+from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError
+from mmpipe.fusion.heads import DepthHead
+from mmpipe.graphs import plain, recapture
+from mmpipe.graphs.artefacts import kept
+from mmpipe.graphs.capture import Captured, capture
+from mmpipe.graphs.plan import HEAD, PRESENCE
+from mmpipe.machine import versions
+
+_CODE = ("mmpipe.encoders", "mmpipe.fusion", "mmpipe.graphs")
+
+
+def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Captured:
+    """`settings`: what the encoder was made of, besides its module. Raises EncoderError, GraphError."""
+    built = encoder if isinstance(encoder, BuiltEncoder) else None
+    example = built.example if built else example_medium(modality)
+    rows = encoder.prepare(example)
+    if not isinstance(rows, Mapping) or not all(isinstance(row, Tensor) for row in rows.values()):
+        raise EncoderError(f"prepare() returns {type(rows).__name__}; it must return a dict of tensors")
+    module, layers = encoder.module.eval(), built.layers if built else None
+
+    def make() -> Captured:
+        return capture(module, rows, name=modality, layers=layers)
+
+    return make() if built is None else _kept(module, rows, [modality, layers, settings], make)
+
+
+def captured_head(head: nn.Module, dims: Mapping[str, int], *, own: bool) -> Captured:
+    """`own`: it is a class of the user's own. Raises GraphError."""
+    rows: dict[str, Tensor] = {PRESENCE: torch.ones(len(dims), dtype=torch.bool)}
+    rows |= {modality: torch.zeros(dim) for modality, dim in dims.items()}
+    module = _HeadCall(head).eval()
+
+    def make() -> Captured:
+        return capture(module, rows, name=HEAD)
+
+    return make() if own else _kept(module, rows, [HEAD], make)
+
+
+def example_medium(modality: str) -> Any:
+    """A medium to try an encoder on: a grey picture, a few words, a second of silence at 16 kHz."""
+    import numpy as np
+    from PIL import Image
+
+    if modality == "image":
+        return Image.new("RGB", (64, 48), (128, 128, 128))
+    return "an example" if modality == "text" else (np.zeros(16_000, dtype=np.float32), 16_000)
+
+
+class _HeadCall(nn.Module):
+    """A head as capture wants it: keyword tensors in, one tensor per depth out."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, presence: Tensor, **embeddings: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.head, DepthHead):
+            return tuple(self.head.all_depths(embeddings, presence))
+        return (self.head(embeddings, presence),)
+
+
+def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Callable[[], Captured]) -> Captured:
+    """What `make` captures of `module`, or captured before in this user's cache of the same module."""
+    folder = _folder()
+    if folder is None:
+        return make()
+    made: list[Captured] = []
+
+    def make_plain() -> bytes:
+        made.append(make())
+        return recapture.forget_weights(made[0], module)
+
+    inputs = {name: [list(row.shape), str(row.dtype)] for name, row in rows.items()}
+    known = json.dumps([about, inputs, _architecture(module), versions(), _code()], sort_keys=True, default=str)
+    try:
+        # in silence where the folder can't be used: the cache of embeddings is beside it, and tells
+        content = kept(
+            folder, f"{hashlib.sha256(known.encode()).hexdigest()}.graph", make_plain, tell=lambda text: None
+        )
+    except plain.Unwritable:
+        content = b""
+    return made[0] if made else recapture.with_weights(content, module)
+
+
+def _folder() -> Path | None:
+    where = cache.folder()
+    return None if where is None else where / "captured"
+
+
+def _architecture(module: nn.Module) -> Any:
+    """All that a module tells of itself but the numbers in its weights."""
+    parts = [
+        [path, _name(type(part)), part.extra_repr(), _plain({k: v for k, v in vars(part).items() if k not in _BASE})]
+        for path, part in module.named_modules()
+    ]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [parts, [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors]]
+
+
+_BASE = frozenset(vars(nn.Module()))
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as JSON: settings as they are, functions and objects by their names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, set | frozenset):  # in no order of its own
+        return sorted(map(str, map(_plain, value)))
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, functools.partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if callable(getattr(value, "to_dict", None)):  # a configuration of transformers'
+        return _plain(value.to_dict())
+    return _name(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the code that encoders, heads and capture are made of."""
+    total = hashlib.sha256()
+    for package in _CODE:
+        for folder in importlib.import_module(package).__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()

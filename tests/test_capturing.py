@@ -1,0 +1,190 @@
+"""Captured graphs that are kept: the same graph without a capture, and a capture wherever anything may differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import hub, shop, words
+from torch import nn
+
+from mmpipe import Pipeline, capturing
+from mmpipe.graphs.digest import digest
+from mmpipe.graphs.fuse import mark_of
+from mmpipe.graphs.plan import GraphError
+
+FAMILIES = {
+    "open_clip": "image",
+    "siglip": "image",
+    "dinov2": "image",
+    "bert": "text",
+    "minilm": "text",
+    "mpnet": "text",
+    "clap": "audio",
+    "whisper": "audio",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Names of what is captured, as it happens."""
+    names, capture = [], capturing.capture
+
+    def counted(module, rows, *, name, layers=None):
+        names.append(name)
+        return capture(module, rows, name=name, layers=layers)
+
+    monkeypatch.setattr(capturing, "capture", counted)
+    return names
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return hub.Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return shop.weights(tmp_path_factory.mktemp("weights"))
+
+
+def entry(models, name):
+    if name == "minilm":
+        return {"model": f"hf:{hub.minilm()}", "max_tokens": 16}
+    return {"model": f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"}
+
+
+def nodes(graph):
+    return [(node.op, node.name, str(node.target), mark_of(node)) for node in graph.graph.nodes]
+
+
+def embedding(pipeline):
+    return pipeline.predict([{"id": "1", "image": hub.pictures(5)[4], "text": "a red shoe"}])[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_second_load_captures_nothing_and_has_the_same_graph(models, family, captures):
+    config = {"task": "embed", "encoders": {FAMILIES[family]: entry(models, family)}}
+    with Pipeline.load(config) as pipeline:
+        first = pipeline.graph
+    assert captures == [FAMILIES[family]]
+    with Pipeline.load(config) as pipeline:
+        again = pipeline.graph
+    assert captures == [FAMILIES[family]]
+    assert nodes(again) == nodes(first)
+    assert digest(again) == digest(first)
+
+
+def test_heads_with_depths_and_exits_too_and_answers_to_the_bit(weights, captures):
+    exits = [{"after": "image.layer1", "threshold": 0.9}, {"after": "head.layer1", "threshold": 0.8}]
+    config = shop.config(weights, exits, runtime={"cache": "off"})
+    told = []
+    for _ in range(2):
+        with Pipeline.load(config) as pipeline:
+            told.append([(one.label, one.confidence, one.answered_by) for one in (embedding(pipeline),)])
+    assert captures == ["image", "text", "audio", "head"]
+    assert told[0] == told[1]
+
+
+def test_other_weights_of_the_same_architecture_need_no_capture(weights, captures, tmp_path):
+    others = shop.weights(tmp_path / "others")
+    shop.tiny.save(others / "photo.safetensors", "photo", shop.tiny.PhotoNet())  # every number another
+    found = []
+    for folder in (weights, others):
+        with Pipeline.load(shop.config(folder, output={"embeddings": True})) as pipeline:
+            found.append(embedding(pipeline).embeddings)
+    assert len(captures) == 4
+    assert not (found[0]["image"] == found[1]["image"]).all()
+    assert (found[0]["text"] == found[1]["text"]).all()
+
+
+def test_what_shapes_the_graph_is_part_of_the_name(models, captures, monkeypatch):
+    def load(**options):
+        Pipeline.load({"task": "embed", "encoders": {"text": {**entry(models, "bert"), **options}}}).close()
+        return len(captures)
+
+    assert [load(max_tokens=16), load(max_tokens=16), load(max_tokens=24)] == [1, 1, 2]
+    about = models("bert") / "config.json"
+    before = about.read_text()
+    about.write_text(json.dumps(json.loads(before) | {"hidden_act": "relu"}))
+    try:
+        assert load(max_tokens=16) == 3
+    finally:
+        about.write_text(before)
+    assert load(max_tokens=16) == 3
+    monkeypatch.setattr(capturing, "versions", lambda: {"torch": "99"})
+    assert load(max_tokens=16) == 4
+
+
+def test_a_class_of_the_user_s_own_is_captured_every_time(tmp_path, captures, cache):
+    path = words.config(tmp_path / "words")
+    for _ in range(2):
+        Pipeline.load(path).close()
+    assert captures == ["text", "head"] * 2
+    assert not cache.exists()
+
+
+def test_off_means_off(weights, captures, monkeypatch):
+    monkeypatch.setenv("MMPIPE_CACHE", "off")
+    for _ in range(2):
+        Pipeline.load(shop.config(weights)).close()
+    assert len(captures) == 8
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "folder open to others"])
+def test_what_somebody_touched_is_captured_anew(weights, captures, cache, damage):
+    Pipeline.load(shop.config(weights)).close()
+    files = sorted((cache / "captured").iterdir())
+    assert len(files) == 4
+    if damage == "folder open to others":
+        (cache / "captured").chmod(0o777)
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+        if damage == "changed":
+            path.write_bytes(content.replace(b"aten", b"evil"))
+    Pipeline.load(shop.config(weights)).close()
+    assert captures == ["image", "text", "audio", "head"] * 2
+
+
+def test_what_cannot_be_captured_fails_as_without_a_cache(captures, cache):
+    class Loop(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    for _ in range(2):
+        with pytest.raises(GraphError, match="can't be captured"):
+            capturing._kept(
+                Loop(),
+                {"x": torch.ones(3)},
+                [],
+                lambda: capturing.capture(Loop(), {"x": torch.ones(3)}, name="x", layers=None),
+            )
+    assert not list((cache / "captured").glob("*"))
+
+
+_ARCHITECTURE = """
+import json, sys
+from mmpipe import capturing
+from mmpipe.encoders import load
+print(json.dumps(capturing._architecture(load(sys.argv[1], "text").module)))
+"""
+
+
+def test_a_module_s_description_is_the_same_in_every_process(models, monkeypatch):
+    """transformers' modules hold sets, whose order is another in every process."""
+    found = set()
+    for seed in range(4):
+        monkeypatch.setenv("PYTHONHASHSEED", str(seed))
+        command = [sys.executable, "-c", _ARCHITECTURE, entry(models, "bert")["model"]]
+        found.add(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,10 @@ def _create(found: _Found) -> Any:
                 if key in own and own[key].shape != value.shape and own[key].numel() > 1
             ]
             refuse(found.model, found.weights, missing=[], stray=[], wrong_shape=wrong)
+        # the file's own tensors, which are mapped into memory, in place of copies of them
+        clip.load_state_dict = functools.partial(clip.load_state_dict, assign=True)
         open_clip.load_checkpoint(clip, str(found.weights), strict=True, weights_only=True)
+        del clip.load_state_dict
     except EncoderError:
         raise
     except Exception as error:  # a wrong architecture, a strict load's report, a file that is no checkpoint

@@ -49,5 +49,11 @@ def keep_freed_memory() -> bool:
     return freed_memory_is_kept()
 
 
+def give_back_freed_memory() -> None:
+    """Once, after loading: checkpoints, towers that are not used and what capture left behind, a few hundred MB."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def freed_memory_is_kept() -> bool:
     return bool(_KEEPS)

@@ -74,6 +74,20 @@ class Lowering:
             reasons={"dtype": dtype_why, "backend": "; ".join(told) or self._why_backend()},
         )
 
+    def copied_bytes(self, made: Cut) -> int:
+        """What lowered segments hold beside the graph's own weights, which stay for parity and for edits: packed copies
+        in a shorter type, or a compiler's own."""
+        total = 0
+        for segment in made.plan.segments:
+            if segment.branch == HEAD or segment.branch in self.refused:
+                continue
+            whole = cost.weight_bytes([made.modules[segment.name]])
+            if self.config.runtime.backend not in ("auto", "eager"):
+                total += whole
+            elif self._eager(whole >= 4 * LARGE_NUMBERS).dtype != "float32":
+                total += whole // 2
+        return total
+
     def lower(self, plan: Plan, segment: Segment, module: GraphModule, way: Resolved) -> Lowered:
         """One segment's module as `way`, which `choose` had a part in, has it. Raises ConfigError where the configured
         backend can't, Unlowerable where a tuned one can't for a graph that was edited since."""

@@ -34,7 +34,7 @@ from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
 from mmpipe.jobs.progress import Progress
 from mmpipe.listing import find_samples, input_root
-from mmpipe.loading import collector_paused
+from mmpipe.loading import collector_paused, give_back_freed_memory
 from mmpipe.machine import versions
 from mmpipe.observing import Observer
 from mmpipe.placing import device_of
@@ -71,6 +71,7 @@ class Pipeline:
                 self._built = build(config, say=say, without_exits=reason)
             self.runners = Runners(config, self._built, device)
             self.runners.resolved()
+        give_back_freed_memory()
         self._engine = Engine(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
 

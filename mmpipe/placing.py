@@ -108,7 +108,7 @@ def resolve(
         base = replace(base, batch_size=base.batch_size + -base.batch_size % _ROWS_MULTIPLE)
         reasons["batch_size"] = f"configured as {runtime.batch_size}; rounded up to a multiple of {_ROWS_MULTIPLE}"
     small = weights < 4 * _NUMBERS_FOR_THREADS and device.kind == "cpu"
-    budget = Budget(config, made, weights)
+    budget = Budget(config, made, weights + (lowering.copied_bytes(made) if lowering is not None else 0))
     if kind == "call":
         if runtime.batch_size == "auto":
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from mmpipe.budget import shown
+from mmpipe.explain.timing import products_seconds
 from mmpipe.explain.words import duration
 from mmpipe.graphs import cost, memory
 from mmpipe.graphs.cost import Product
 from mmpipe.graphs.draw_svg import as_svg
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
+from mmpipe.graphs.precision import lowered
 from mmpipe.loading import freed_memory_is_kept
 from mmpipe.machine import versions
 from mmpipe.pipeline import Pipeline
@@ -30,7 +32,6 @@ from mmpipe.runtime.device import cuda_devices
 from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample
 
-_PRODUCT_SECONDS = 0.25  # spent on timing one shape of matrix product
 _RATE_HZ = 44_100  # of made-up sound
 _PRODUCTS = 0.6  # from this share of its time on, a segment is its matrix products
 
@@ -116,8 +117,10 @@ def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str
         full = [span.end - span.start for span in spans if span.rows == rows] or [s.end - s.start for s in spans]
         bucket = statistics.median(full) if full else 0.0
         flops = cost.count_flops(plan, segment, modules[segment.name], rows)
-        found = cost.products(plan, segment, modules[segment.name], rows)
-        alone = _products_seconds(found, timed, pipeline.resolved.threads)
+        way = pipeline.resolved.segments.get(segment.name, PLAIN)
+        as_run = lowered(modules[segment.name], getattr(torch, way.dtype))
+        found = cost.products(plan, segment, as_run, rows)
+        alone = products_seconds(found, timed, pipeline.resolved.threads)
         spent, done = sum(s.end - s.start for s in spans), sum(span.rows for span in spans)
         lines.append(
             {
@@ -136,41 +139,10 @@ def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str
                 "bucket_seconds": bucket,
                 "products_share": min(1.0, alone / bucket) if bucket else 0.0,
                 "workspace_bytes": cost.workspace_bytes(modules[segment.name], rows),
-                "backend": pipeline.resolved.segments.get(segment.name, PLAIN).backend,
+                "backend": way.backend,
             }
         )
     return lines
-
-
-def _products_seconds(products: Iterable[Product], timed: dict[Product, float], threads: int) -> float:
-    """Seconds that these products take with nothing between them, on the segment's number of threads."""
-    total = 0.0
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for product in products:
-            if product not in timed:
-                timed[product] = _time_product(product)
-            total += product.count * timed[product]
-    finally:
-        torch.set_num_threads(before)
-    return total
-
-
-def _time_product(product: Product) -> float:
-    with torch.inference_mode():
-        tensors = [torch.randn(shape).to(product.dtype) for shape in product.shapes]
-        if product.target is torch.ops.aten.convolution.default and len(tensors) == 2:
-            arguments: list[Any] = [*tensors, None, *product.rest]
-        else:
-            arguments = [*tensors, *product.rest]
-        product.target(*arguments)
-        seconds: list[float] = []
-        while len(seconds) < 3 or (sum(seconds) < _PRODUCT_SECONDS and len(seconds) < 50):
-            began = time.perf_counter()
-            product.target(*arguments)
-            seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def _seconds(outcome: Outcome, wall: float) -> dict[str, float]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from support import shop
 from test_cli import mmpipe
 
-from mmpipe.explain import collect
+from mmpipe import Pipeline
+from mmpipe.explain import collect, timing
+from mmpipe.graphs.cost import Product
 from mmpipe.runtime.ledger import Decoding, Outcome
 
 
@@ -87,6 +90,40 @@ def test_the_parts_of_a_real_run_add_up(explained, pipeline):
         assert line["workspace_bytes"] > 0
     assert sum(explained["answered_by"].values()) <= explained["items"]
     assert json.loads(json.dumps(explained)) == explained
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_timed_in_the_type_that_runs(weights, tmp_path, monkeypatch, dtype):
+    seen = []
+    monkeypatch.setattr(
+        collect, "products_seconds", lambda products, timed, threads: seen.extend(products) or len(products) * 1e-9
+    )
+    with Pipeline.load(shop.config(weights, runtime={"dtype": dtype})) as pipeline:
+        collect.explain(pipeline, list(pipeline.find(shop.media(tmp_path / "media", 8)).samples))
+        short = [name for name, choice in pipeline.resolved.segments.items() if choice.dtype == "bfloat16"]
+    types = {product.dtype for product in seen}
+    assert types == ({torch.float32, torch.bfloat16} if short else {torch.float32})  # heads stay float32
+    assert bool(short) == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("target", "shapes"),
+    [
+        (torch.ops.aten.addmm.default, ((32,), (8, 64), (64, 32))),
+        (torch.ops.aten.mm.default, ((8, 64), (64, 32))),
+        (torch.ops.aten.bmm.default, ((4, 8, 16), (4, 16, 8))),
+        (torch.ops.aten.convolution.default, ((2, 3, 8, 8), (4, 3, 4, 4))),
+    ],
+)
+def test_every_kind_of_product_can_be_timed(dtype, target, shapes):
+    rest = ((4, 4), (0, 0), (1, 1), False, (0, 0), 1) if target is torch.ops.aten.convolution.default else ()
+    one, other = (Product(target, shapes, dtype, rest, count) for count in (1, 3))
+    timed = {}
+    alone = timing.products_seconds([one], timed, 1)
+    assert alone == timed[one] > 0
+    assert timing.products_seconds([one, one], timed, 1) == 2 * alone
+    assert timing.products_seconds([other], {other: 1.0}, 1) == 3.0
 
 
 def test_every_fast_path_that_was_not_taken_has_a_reason(explained):

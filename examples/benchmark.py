@@ -4,9 +4,10 @@
     python examples/benchmark_media.py MEDIA --n 200
     python examples/benchmark.py MODELS MEDIA [--output benchmark.json] [--plot benchmark.svg]
 
-Every contender embeds every photo (CLIP ViT-B/32), text (MiniLM-L6) and sound (CLAP) of the folder. Rounds are
-interleaved in random order; medians of items a second, and ratios to the plain script of the same round with their
-spread. A contender whose embeddings are not those of the float32 script (cosine < 0.999) is marked.
+Every contender embeds every photo (CLIP ViT-B/32), text (MiniLM-L6) and sound (CLAP) of the folder, in a process of
+its own, one at a time. Rounds are interleaved in random order; medians of items a second, and ratios to the plain
+script of the same round with their spread. A contender whose embeddings are not those of the float32 script (cosine <
+0.999) is marked.
 
     script …        the loop that one writes: PIL, open_clip's transform, transformers' tokenizer and feature extractor,
                     batches of 32, one modality after the other; with two DataLoader workers; with torch.compile
@@ -21,12 +22,14 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +41,61 @@ from torch import Tensor, nn
 from mmpipe import Pipeline
 from mmpipe.explain.collect import machine
 from mmpipe.loading import keep_freed_memory
+from mmpipe.machine import bfloat16_gain
 
 ROWS = 32
 MIN_COSINE = 0.999
 Embeddings = dict[str, Tensor]  # modality → [N, D], L2-normalised
+Arguments = tuple[Path, Path, Sequence[Path]]  # models, media, items
 
 
 @dataclass
 class Contender:
-    """`run` embeds all items."""
+    """What was measured of one. `ready_seconds`: to load, or to compile."""
 
     name: str
-    run: Callable[[], Embeddings]
-    ready_seconds: float = 0.0  # to load or compile
+    ready_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
     cosine: Mapping[str, float] = field(default_factory=dict)
+
+
+class Process:
+    """A contender in a process of its own, as people run it: what others leave in memory is not felt."""
+
+    def __init__(self, name: str, arguments: Arguments) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, arguments, there))
+        self._process.start()
+        there.close()
+        self.ready: float | str = self._pipe.recv()  # seconds, or why it can't be loaded
+
+    def run(self) -> tuple[float, Embeddings]:
+        """Seconds, and what it embedded."""
+        self._pipe.send(True)
+        seconds, found = self._pipe.recv()
+        return seconds, {name: torch.from_numpy(rows) for name, rows in found.items()}
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def serve(name: str, arguments: Arguments, pipe: Connection) -> None:
+    """A contender's process: makes it, and runs it as often as it is asked to."""
+    keep_freed_memory()  # for every contender alike
+    began = time.perf_counter()
+    try:
+        run = makers(*arguments)[name]()
+    except ImportError as error:
+        pipe.send(str(error))
+        return
+    pipe.send(time.perf_counter() - began)
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            began = time.perf_counter()
+            found = run()
+            pipe.send((time.perf_counter() - began, {modality: rows.numpy() for modality, rows in found.items()}))
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
@@ -125,7 +168,7 @@ class Script:
             def __getitem__(inner, number: int) -> dict[str, tuple[Tensor, ...]]:
                 return self.load(items[number])
 
-        return iter(DataLoader(Items(), ROWS, num_workers=count, collate_fn=collate))
+        return iter(DataLoader(Items(), ROWS, num_workers=count, collate_fn=collate, multiprocessing_context="fork"))
 
 
 def collate(rows: Sequence[dict[str, tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
@@ -140,33 +183,36 @@ def _features(result: Any) -> Tensor:
 # --- contenders -------------------------------------------------------------------------------------------------------
 
 
-def contenders(models: Path, media: Path, items: Sequence[Path], skip: Sequence[str]) -> Iterator[Contender]:
-    """Each made when it is its turn, as some take long to compile."""
-    made: dict[str, Callable[[], Callable[[], Embeddings]]] = {
+def makers(models: Path, media: Path, items: Sequence[Path]) -> Mapping[str, Callable[[], Callable[[], Embeddings]]]:
+    """Name → what loads a contender and returns its run. In bfloat16 where the processor multiplies it."""
+    short = torch.bfloat16 if bfloat16_gain() else torch.float32
+    word, hint = str(short).removeprefix("torch."), "bf16" if short == torch.bfloat16 else "f32"
+    return {
         "script, float32": lambda: script(models, items, torch.float32),
-        "script, bfloat16": lambda: script(models, items, torch.bfloat16),
-        "script, bfloat16, 2 workers": lambda: script(models, items, torch.bfloat16, workers=2),
-        "script, bfloat16, torch.compile": lambda: script(models, items, torch.bfloat16, compiled=True),
-        "pipelines, bfloat16": lambda: peers.pipelines(Script(models, torch.bfloat16), items, ROWS),
-        "Ray Data, bfloat16": lambda: peers.ray_data(partial(Script, models, torch.bfloat16), items, ROWS),
-        "script, OpenVINO bfloat16": lambda: openvino_script(models, items, "bf16"),
+        f"script, {word}": lambda: script(models, items, short),
+        f"script, {word}, 2 workers": lambda: script(models, items, short, workers=2),
+        f"script, {word}, torch.compile": lambda: script(models, items, short, compiled=True),
+        f"pipelines, {word}": lambda: peers.pipelines(Script(models, short), items, ROWS),
+        f"Ray Data, {word}": lambda: peers.ray_data(partial(Script, models, short), items, ROWS),
+        f"script, OpenVINO {word}": lambda: openvino_script(models, items, hint),
         "script, ONNX Runtime float32": lambda: onnx_script(models, items),
         "mmpipe, float32": lambda: mmpipe(models, media, items, ["runtime.dtype=float32"]),
         "mmpipe": lambda: mmpipe(models, media, items, []),
         "mmpipe, fast decoding": lambda: mmpipe(models, media, items, ["input.decode=fast"]),
     }
-    for name, make in made.items():
+
+
+def start(processes: dict[str, Process], arguments: Arguments, skip: Sequence[str]) -> None:
+    """One after the other, as some take long to compile."""
+    for name in makers(*arguments):
         if any(word in name for word in skip):
             continue
-        began = time.perf_counter()
-        try:
-            run = make()
-            run_once = Contender(name, run)
-            run_once.ready_seconds = time.perf_counter() - began
-        except ImportError as error:
-            print(f"{name}: left out, {error}")
-            continue
-        yield run_once
+        process = Process(name, arguments)
+        if isinstance(process.ready, str):
+            print(f"{name}: left out, {process.ready}")
+            process.close()
+        else:
+            processes[name] = process
 
 
 def script(
@@ -250,17 +296,19 @@ def mmpipe(models: Path, media: Path, items: Sequence[Path], overrides: Sequence
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def measure(found: Sequence[Contender], rounds: int) -> None:
+def measure(processes: Mapping[str, Process], rounds: int) -> list[Contender]:
+    found = {name: Contender(name, float(process.ready)) for name, process in processes.items()}
     wanted: Embeddings = {}
     shuffled = random.Random(0)
     for number in range(rounds):
-        for one in shuffled.sample(list(found), len(found)) if number else found:
-            began = time.perf_counter()
-            embeddings = one.run()
-            one.seconds.append(time.perf_counter() - began)
-            print(f"  round {number + 1}: {one.name:<34} {one.seconds[-1]:8.2f} s", flush=True)
+        for name in shuffled.sample(list(found), len(found)) if number else found:
+            one = found[name]
+            seconds, embeddings = processes[name].run()
+            one.seconds.append(seconds)
+            print(f"  round {number + 1}: {name:<34} {seconds:8.2f} s", flush=True)
             wanted = wanted or embeddings
             one.cosine = {name: float((wanted[name] * embeddings[name]).sum(1).min()) for name in wanted}
+    return list(found.values())
 
 
 def table(found: Sequence[Contender], count: int) -> Iterator[str]:
@@ -309,16 +357,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="all that was measured, as JSON")
     parser.add_argument("--plot", type=Path, help="items a second, as an SVG")
     options = parser.parse_args()
-    keep_freed_memory()  # for every contender alike
     items = sorted(path.with_suffix("") for path in options.media.glob("*.jpg"))[: options.n]
     print(f"{len(items)} items; {machine()}")
-    found = list(contenders(options.models, options.media, items, options.skip))
-    measure(found, options.rounds)
+    processes: dict[str, Process] = {}
+    try:
+        start(processes, (options.models, options.media, items), options.skip)
+        found = measure(processes, options.rounds)
+    finally:
+        for process in processes.values():
+            process.close()
     print("\n".join(["", *table(found, len(items))]))
     if options.plot:
         options.plot.write_text(plot(found, len(items)), encoding="utf-8")
     if options.output:
-        plain = [{key: value for key, value in vars(one).items() if key != "run"} for one in found]
+        plain = [asdict(one) for one in found]
         options.output.write_text(
             json.dumps({"machine": machine(), "items": len(items), "contenders": plain}, indent=1)
         )

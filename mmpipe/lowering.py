@@ -93,7 +93,8 @@ class Lowering:
         backend can't, Unlowerable where a tuned one can't for a graph that was edited since."""
         choice = way.segments.get(segment.name, PLAIN)
         try:
-            return self._made(plan, segment, module, choice, way.batch_size, way.threads)
+            memory = _memory_inside(plan, way)
+            return self._made(plan, segment, module, choice, way.batch_size, way.threads, memory)
         except Unlowerable as error:
             if self.config.runtime.backend == "auto":
                 raise
@@ -101,10 +102,17 @@ class Lowering:
             raise self.config.error("runtime.backend", str(error), hint) from error
 
     def _made(
-        self, plan: Plan, segment: Segment, module: GraphModule, choice: Choice, rows: int, threads: int
+        self,
+        plan: Plan,
+        segment: Segment,
+        module: GraphModule,
+        choice: Choice,
+        rows: int,
+        threads: int,
+        memory: int | None = None,
     ) -> Lowered:
         """Lowered, or kept from before."""
-        target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder())
+        target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder(), memory)
         placed = self.device.place(module)
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
             return lower("eager", segment, placed, target)
@@ -164,6 +172,16 @@ class Lowering:
         if self.config.runtime.backend != "auto":
             return "configured"
         return "nothing was tuned for these models here; mmpipe autotune finds whether a compiler pays"
+
+
+def _memory_inside(plan: Plan, way: Resolved) -> int | None:
+    """Bytes that each encoder's segment may take on each lane for what is inside it: what `memory_limit` leaves, in
+    equal shares."""
+    encoders = sum(segment.branch != HEAD for segment in plan.segments)
+    if not way.memory or not encoders:
+        return None
+    rest = sum(way.memory.values()) - way.memory["workspaces"]
+    return (way.memory_limit - rest) // (encoders * way.lanes)
 
 
 def compiled_folder() -> Path | None:

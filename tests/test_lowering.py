@@ -11,6 +11,7 @@ from support import compilers, hub, shop
 
 from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity
 from mmpipe.explain import collect
+from mmpipe.graphs import cost
 from mmpipe.graphs.backends import Unlowerable
 from mmpipe.parity import Shift
 from mmpipe.resolved import PLAIN, Choice
@@ -147,6 +148,34 @@ def test_a_backend_that_is_configured_and_can_not_is_an_error(weights, monkeypat
         pytest.raises(ConfigError, match=r"runtime\.backend: inductor needs a C\+\+ compiler"),
     ):
         pipeline(text="a red mug")
+
+
+def test_what_segments_may_take_inside_fits_the_limit(weights, monkeypatch):
+    targets, lower = {}, lowering.lower
+
+    def seen(backend, segment, module, target, examples=()):
+        targets[segment.name] = target
+        return lower(backend, segment, module, target, examples)
+
+    monkeypatch.setattr(lowering, "lower", seen)
+    runtime = {"memory_limit": "1GB", "dtype": "bfloat16", "batch_size": 8, "cache": "off"}
+    with Pipeline.load(shop.config(weights, shop.EXITS, runtime=runtime)) as pipeline:
+        pipeline.predict([{"id": "1", "text": "a mug"}])
+        way, segments = pipeline.resolved, pipeline.plan.segments
+    encoders = [segment.name for segment in segments if segment.branch != "head"]
+    inside = sum(way.lanes * targets[name].memory for name in encoders)
+    rest = sum(size for name, size in way.memory.items() if name != "workspaces")
+    assert 0.99e9 < inside + rest <= way.memory_limit == 1_000_000_000
+
+
+def test_packed_copies_count_as_weights(weights):
+    counted = {}
+    for dtype in ("float32", "bfloat16"):
+        with Pipeline.load(shop.config(weights, runtime={"dtype": dtype})) as pipeline:
+            counted[dtype] = pipeline.resolved.memory["weights"]
+            encoders = [m for name, m in pipeline.modules.items() if not name.startswith("head")]
+    copies = sum(cost.weight_bytes([module]) // 2 for module in encoders)
+    assert counted["bfloat16"] - counted["float32"] == copies > 0
 
 
 def test_a_tuned_backend_that_is_gone_is_eager_and_explain_says_so(weights, kept, tmp_path, monkeypatch):

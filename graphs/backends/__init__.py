@@ -32,13 +32,15 @@ class Target:
 
     rows: of the one bucket that it will be called with. dtype: of its matrix products and of what stands between them;
     what goes in and comes out keeps the plan's types. threads: of the thread that will call it. folder: where compiled
-    artefacts are kept between runs; None: nowhere.
+    artefacts are kept between runs; None: nowhere. memory: bytes that its values inside may take on each stream, for
+    backends that hold memory of their own; None: as many as they like.
     """
 
     rows: int
     dtype: torch.dtype = torch.float32
     threads: int = 1
     folder: Path | None = None
+    memory: int | None = None
 
 
 def lower(

@@ -46,6 +46,9 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     engine = package.Runtime(log).deserialize_cuda_engine(build_engine(content, target))
     if engine is None:
         raise Unlowerable(f"{segment.name}: TensorRT can't load its engine here: {_said(log)}")
+    if target.memory is not None and engine.device_memory_size_v2 > target.memory:
+        needs = f"TensorRT's engine needs {engine.device_memory_size_v2:,} bytes inside"
+        raise Unlowerable(f"{segment.name}: {needs}, and the memory limit leaves {target.memory:,}")
     contexts: dict[int, _Context] = {}  # by stream
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -93,12 +96,15 @@ def build_engine(onnx_bytes: bytes, target: Target) -> bytes:
     """
     package = _package()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    made_of = f"{hashlib.sha256(onnx_bytes).hexdigest()} {package.__name__} {package.__version__} {gpu} {_SETTINGS}"
-    name = hashlib.sha256(made_of.encode()).hexdigest()[:40]
-    return kept(target.folder, f"{name}.engine", lambda: _build(package, onnx_bytes))
+    # a power of two, so that the engine of yesterday is found when there is a little more or less memory today
+    workspace = 0 if target.memory is None else 1 << max(target.memory, 1).bit_length() - 1
+    about = f"{package.__name__} {package.__version__} {gpu} {_SETTINGS} {workspace}"
+    name = hashlib.sha256(f"{hashlib.sha256(onnx_bytes).hexdigest()} {about}".encode()).hexdigest()[:40]
+    return kept(target.folder, f"{name}.engine", lambda: _build(package, onnx_bytes, workspace))
 
 
-def _build(package: ModuleType, onnx_bytes: bytes) -> bytes:
+def _build(package: ModuleType, onnx_bytes: bytes, workspace: int) -> bytes:
+    """`workspace`: bytes that an operation may take for itself; 0: as many as it likes."""
     log = _log(package)
     builder = package.Builder(log)
     # Newer versions know no other networks, and may have no flag for these.
@@ -111,6 +117,8 @@ def _build(package: ModuleType, onnx_bytes: bytes) -> bytes:
     config = builder.create_builder_config()
     config.max_aux_streams = 0  # what runs side by side is the plan's to say
     config.clear_flag(package.BuilderFlag.TF32)  # ten bits of float32's digits would be left
+    if workspace:
+        config.set_memory_pool_limit(package.MemoryPoolType.WORKSPACE, workspace)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Unlowerable(f"TensorRT can't build an engine: {_said(log)}")

@@ -22,8 +22,8 @@ def benchmark(monkeypatch):
 
 @pytest.fixture
 def found(benchmark):
-    base = benchmark.Contender("script, bfloat16", dict, 1.0, [10.0, 12.0, 11.0], {"image": 0.9999})
-    other = benchmark.Contender("mmpipe", dict, 2.0, [5.0, 4.0, 5.5], {"image": 0.9999, "text": 0.98})
+    base = benchmark.Contender("script, bfloat16", 1.0, [10.0, 12.0, 11.0], {"image": 0.9999})
+    other = benchmark.Contender("mmpipe", 2.0, [5.0, 4.0, 5.5], {"image": 0.9999, "text": 0.98})
     return [base, other]
 
 

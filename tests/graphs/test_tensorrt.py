@@ -181,6 +181,38 @@ def test_an_engine_that_was_built_with_other_settings_is_not_found(tmp_path, bui
     assert len(builds) == 2
 
 
+def test_an_engine_keeps_to_the_memory_that_is_left_for_it(tmp_path, builds, content, monkeypatch):
+    """The builder is told of it, and of no more than there is; limits that are nearly alike share an engine."""
+    limits, create = [], package.Builder.create_builder_config
+
+    class Config:
+        def __init__(self, plain):
+            object.__setattr__(self, "plain", plain)
+
+        def set_memory_pool_limit(self, kind, size):
+            limits.append((kind, size))
+            self.plain.set_memory_pool_limit(kind, size)
+
+        def __getattr__(self, name):
+            return getattr(self.plain, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.plain, name, value)
+
+    class Builder(package.Builder):
+        def create_builder_config(self):
+            return Config(create(self))
+
+        def build_serialized_network(self, network, config):
+            return super().build_serialized_network(network, config.plain)
+
+    monkeypatch.setattr(package, "Builder", Builder)
+    for memory in (None, 1 << 26, (1 << 26) + 12345, 1 << 20):
+        assert len(tensorrt.build_engine(content, Target(4, folder=tmp_path, memory=memory))) > 1000
+    assert len(builds) == 3
+    assert limits == [(package.MemoryPoolType.WORKSPACE, size) for size in (1 << 26, 1 << 20)]
+
+
 @pytest.mark.parametrize("place", [0, 40, -1])  # in its hash, at the engine's begin, at its end
 def test_an_engine_that_was_tampered_with_is_not_used(tmp_path, builds, content, place):
     target = Target(4, folder=tmp_path)

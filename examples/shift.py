@@ -1,12 +1,14 @@
-"""What decoding costs, exact and fast, and what fast decoding changes: in embeddings, confidence and answers.
+"""What a fast path changes: in embeddings, confidence and answers; and what decoding costs, exact and fast.
 
-    python examples/decoding.py quickstart MEDIA
+    python examples/shift.py quickstart MEDIA
+    python examples/shift.py quickstart MEDIA --change runtime.dtype=bfloat16
     python examples/full_size.py MODELS && python examples/benchmark_media.py PHOTOS --n 200
-    python examples/decoding.py MODELS/clip_clap.yaml PHOTOS --only image
+    python examples/shift.py MODELS/clip_clap.yaml PHOTOS --only image
 
-prints for each kind of file the milliseconds that one takes on one thread, opened, decoded and prepared, with
-`input.decode` exact and fast, side by side; then how far fast decoding moves each sample's answer. Embeddings of
-random weights lie close together whatever they are of: hence the distance between different pictures beside the shift.
+prints how far a change of one key moves each sample's answer by the full pipeline. Embeddings of random weights lie
+close together whatever they are of: hence the distance between different media beside the shift. For `input.decode`
+(what it does without --change) also the milliseconds that each kind of file takes on one thread, opened, decoded and
+prepared, side by side.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import torch
 from mmpipe import MediaError, Pipeline, Prediction, Sample, media
 from mmpipe.build import Preparation
 
+# key → the value that its fast ones are held against
+SLOW = {"input.decode": "exact", "runtime.dtype": "float32", "runtime.backend": "eager"}
 MODES = ("exact", "fast")
 Preparations = Mapping[str, Mapping[str, Preparation]]  # mode → modality → how a medium becomes tensors
 
@@ -34,21 +38,27 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=("image", "text", "audio"), help="leave the other media out")
     parser.add_argument("--limit", type=int, default=200, help="samples")
+    parser.add_argument("--change", default="input.decode=fast", metavar="KEY=VALUE", help=f"KEY: {', '.join(SLOW)}")
     parser.add_argument("--repeats", type=int, default=5, help="times that each file is decoded; the fastest counts")
     arguments = parser.parse_args()
 
-    answers: dict[str, list[Prediction]] = {}
-    preparations: dict[str, Mapping[str, Preparation]] = {}
-    for mode in MODES:
-        with Pipeline.load(arguments.config, overrides=[f"input.decode={mode}", "fusion.deliberate=null"]) as pipeline:
+    key = arguments.change.partition("=")[0]
+    if key not in SLOW:
+        parser.error(f"--change takes one of {', '.join(SLOW)}")
+    answers: list[list[Prediction]] = []
+    preparations: list[Mapping[str, Preparation]] = []
+    for change in (f"{key}={SLOW[key]}", arguments.change):
+        overrides = ["fusion.deliberate=null", "fusion.calibration=null", "runtime.dtype=float32", change]
+        with Pipeline.load(arguments.config, overrides=overrides) as pipeline:
             found = pipeline.find(arguments.folder).samples[: arguments.limit]
             samples = [_of_those(sample, arguments.only) for sample in found]
             samples = [sample for sample in samples if sample.media]
-            answers[mode], _ = pipeline.run(samples, exits=False, embeddings=True, cached=False)
-            preparations[mode] = pipeline.built.preparations
-    print(f"{len(samples)} samples of {arguments.folder}, {arguments.config}")
-    tell_times(samples, preparations, arguments.repeats)
-    tell_shifts(answers["exact"], answers["fast"])
+            answers.append(pipeline.run(samples, exits=False, embeddings=True, cached=False)[0])
+            preparations.append(pipeline.built.preparations)
+    print(f"{len(samples)} samples of {arguments.folder}, {arguments.config}, {arguments.change}")
+    if key == "input.decode":
+        tell_times(samples, dict(zip(MODES, preparations, strict=True)), arguments.repeats)
+    tell_shifts(*answers)
 
 
 def _of_those(sample: Sample, only: Sequence[str] | None) -> Sample:
@@ -85,17 +95,17 @@ def _both(modality: str, path: Path, preparations: Preparations) -> list[float]:
     return seconds
 
 
-def tell_shifts(exact: Sequence[Prediction], fast: Sequence[Prediction]) -> None:
+def tell_shifts(slow: Sequence[Prediction], fast: Sequence[Prediction]) -> None:
     """1 − cosine of embeddings, confidence, and labels that are not the same."""
-    for modality in sorted({name for one in exact for name in one.used}):
-        before, after = _embeddings(exact, modality), _embeddings(fast, modality)
+    for modality in sorted({name for one in slow for name in one.used}):
+        before, after = _embeddings(slow, modality), _embeddings(fast, modality)
         shift = 1 - (before * after).sum(axis=1)
         apart = 1 - (before * np.roll(before, 1, axis=0)).sum(axis=1)
         print(
             f"{modality}: 1 − cosine {np.median(shift):.1e} median, {shift.max():.1e} most; "
             f"between neighbours {np.median(apart):.1e} median"
         )
-    pairs = [(a, b) for a, b in zip(exact, fast, strict=True) if a.label is not None and b.label is not None]
+    pairs = [(a, b) for a, b in zip(slow, fast, strict=True) if a.label is not None and b.label is not None]
     if pairs:
         moved = [abs((a.confidence or 0.0) - (b.confidence or 0.0)) for a, b in pairs]
         other = sum(a.label != b.label for a, b in pairs)

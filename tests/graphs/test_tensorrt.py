@@ -207,10 +207,12 @@ def test_an_engine_keeps_to_the_memory_that_is_left_for_it(tmp_path, builds, con
             return super().build_serialized_network(network, config.plain)
 
     monkeypatch.setattr(package, "Builder", Builder)
-    for memory in (None, 1 << 26, (1 << 26) + 12345, 1 << 20):
+    for memory in (None, 1 << 28, (1 << 28) + 12345, 1 << 27):
         assert len(tensorrt.build_engine(content, Target(4, folder=tmp_path, memory=memory))) > 1000
     assert len(builds) == 3
-    assert limits == [(package.MemoryPoolType.WORKSPACE, size) for size in (1 << 26, 1 << 20)]
+    assert limits == [(package.MemoryPoolType.WORKSPACE, size) for size in (1 << 28, 1 << 27)]
+    with pytest.raises(Unlowerable, match=r"can't build an engine: .*workspace limit"):
+        tensorrt.build_engine(content, Target(4, folder=tmp_path, memory=1000))
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])  # in its hash, at the engine's begin, at its end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 from dataclasses import asdict, dataclass
@@ -206,12 +207,13 @@ def _create(found: _Found) -> Any:
     import open_clip
 
     try:
-        with _Unfilled():  # the weights come next, strictly all of them
+        strict = found.weights.suffix not in (".npz", ".npy")
+        with _Unfilled() if strict else contextlib.nullcontext():  # the weights come next, strictly all of them
             clip = open_clip.create_model(
                 found.name, load_weights=False, pretrained_image=False, pretrained_text=False, **found.arguments
             )
         own = clip.state_dict()
-        if found.weights.suffix not in (".npz", ".npy"):
+        if strict:
             wrong = [
                 key
                 for key, value in read_tensors(found.weights, found.model).items()

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from mmpipe import Pipeline
 from mmpipe.explain.collect import machine
-from mmpipe.loading import keep_freed_memory
+from mmpipe.loading import keep_freed_memory, use_huge_pages
 from mmpipe.machine import bfloat16_gain
 
 ROWS = 32
@@ -63,6 +63,8 @@ class Process:
     """A contender in a process of its own, as people run it: what others leave in memory is not felt."""
 
     def __init__(self, name: str, arguments: Arguments) -> None:
+        if name.startswith("mmpipe"):  # before torch is imported there, as `mmpipe run` does for itself
+            use_huge_pages()
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=serve, args=(name, arguments, there))
@@ -83,7 +85,8 @@ class Process:
 
 def serve(name: str, arguments: Arguments, pipe: Connection) -> None:
     """A contender's process: makes it, and runs it as often as it is asked to."""
-    keep_freed_memory()  # for every contender alike
+    if name.startswith("mmpipe"):  # as `mmpipe run` does for itself; scripts run as they are written
+        keep_freed_memory()
     began = time.perf_counter()
     try:
         run = makers(*arguments)[name]()

@@ -24,12 +24,13 @@ def forget_weights(captured: Captured, module: nn.Module) -> bytes:
 
     Raises plain.Unwritable.
     """
-    own = {_place(tensor): name for name, tensor in _tensors(module).items()}
+    own = aliases(module)
+    first = {place(tensor): own[name] for name, tensor in _tensors(module).items()}
     tensors: dict[str, Any] = {}
     for node in captured.graph.graph.nodes:
         if node.op == "get_attr":
             tensor = get_tensor(captured.graph, node.target)
-            tensors[str(node.target)] = own.get(_place(tensor)) or _written(tensor)
+            tensors[str(node.target)] = first.get(place(tensor)) or _written(tensor)
     about = {
         "name": captured.name,
         "inputs": list(captured.inputs),
@@ -42,7 +43,7 @@ def forget_weights(captured: Captured, module: nn.Module) -> bytes:
 
 
 def with_weights(content: bytes, module: nn.Module) -> Captured:
-    """What `forget_weights` made, on the weights of a `module` of the same architecture."""
+    """What `forget_weights` made, on the weights of a `module` of the same architecture, `aliases` included."""
     about = json.loads(content)
     own = _tensors(module)
     tensors = {
@@ -57,7 +58,14 @@ def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def aliases(module: nn.Module) -> Mapping[str, str]:
+    """Name of each tensor → the first name of the same memory. Tensors that share it in one module and not in another
+    make two architectures: a graph of the first names one of them only."""
+    first: dict[tuple[Any, ...], str] = {}
+    return {name: first.setdefault(place(tensor), name) for name, tensor in _tensors(module).items()}
+
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
     """What tells two views of memory apart."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 

@@ -116,7 +116,7 @@ def build(
     specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(exits)]
     states = _states(config, encoders) if encoders_only else []
     with _as_config_error(config, "fusion.exits" if specs or states else "fusion.head"):
-        fused_head = captured_head(head, dims, own=":" in config.fusion.head) if head is not None else None
+        fused_head = captured_head(head, dims) if head is not None else None
         if fused_head is not None:
             specs.append(ExitSpec(FULL, tuple(encoders)))
         graph = fuse(branches, fused_head, specs, states)

@@ -1,12 +1,14 @@
 """Encoders and heads → captured graphs, kept between runs where all that shapes them is known.
 
 torch.export takes most of the time until a pipeline's first result. What it finds depends on the architecture, on the
-code and on the libraries, all of which a name is made of; a class of the user's own may read anything, and is captured
-every time.
+code and on the libraries, all of which a name is made of; what has a part of the user's own may depend on anything, and
+is captured every time.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import hashlib
 import importlib
@@ -15,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,8 @@ from mmpipe.graphs.plan import HEAD, PRESENCE
 from mmpipe.machine import versions
 
 _CODE = ("mmpipe.encoders", "mmpipe.fusion", "mmpipe.graphs")
+# whose code or version is part of the name; a module with a part of another's is captured every time
+_KNOWN = (*_CODE, "mmpipe.capturing", "torch", "torchvision", "torchaudio", "transformers", "open_clip", "timm")
 
 
 def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Captured:
@@ -45,8 +50,8 @@ def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any
     return make() if built is None else _kept(module, rows, [modality, layers, settings], make)
 
 
-def captured_head(head: nn.Module, dims: Mapping[str, int], *, own: bool) -> Captured:
-    """`own`: it is a class of the user's own. Raises GraphError."""
+def captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:
+    """Raises GraphError."""
     rows: dict[str, Tensor] = {PRESENCE: torch.ones(len(dims), dtype=torch.bool)}
     rows |= {modality: torch.zeros(dim) for modality, dim in dims.items()}
     module = _HeadCall(head).eval()
@@ -54,12 +59,11 @@ def captured_head(head: nn.Module, dims: Mapping[str, int], *, own: bool) -> Cap
     def make() -> Captured:
         return capture(module, rows, name=HEAD)
 
-    return make() if own else _kept(module, rows, [HEAD], make)
+    return _kept(module, rows, [HEAD], make)
 
 
 def example_medium(modality: str) -> Any:
     """A medium to try an encoder on: a grey picture, a few words, a second of silence at 16 kHz."""
-    import numpy as np
     from PIL import Image
 
     if modality == "image":
@@ -83,7 +87,8 @@ class _HeadCall(nn.Module):
 def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Callable[[], Captured]) -> Captured:
     """What `make` captures of `module`, or captured before in this user's cache of the same module."""
     folder = _folder()
-    if folder is None:
+    about_module = None if folder is None else _architecture(module)
+    if about_module is None:
         return make()
     made: list[Captured] = []
 
@@ -92,7 +97,7 @@ def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Calla
         return recapture.forget_weights(made[0], module)
 
     inputs = {name: [list(row.shape), str(row.dtype)] for name, row in rows.items()}
-    known = json.dumps([about, inputs, _architecture(module), versions(), _code()], sort_keys=True, default=str)
+    known = json.dumps([about, inputs, about_module, versions(), _code()], sort_keys=True, default=str)
     try:
         # in silence where the folder can't be used: the cache of embeddings is beside it, and tells
         content = kept(
@@ -109,20 +114,33 @@ def _folder() -> Path | None:
 
 
 def _architecture(module: nn.Module) -> Any:
-    """All that a module tells of itself but the numbers in its weights."""
-    parts = [
-        [path, _name(type(part)), part.extra_repr(), _plain({k: v for k, v in vars(part).items() if k not in _BASE})]
-        for path, part in module.named_modules()
-    ]
+    """All that a module tells of itself but the numbers in its weights; None where a part of it is not known."""
+    parts = []
+    for path, part in module.named_modules():
+        kind = type(part)
+        if not any(kind.__module__ == known or kind.__module__.startswith(f"{known}.") for known in _KNOWN):
+            return None
+        try:
+            settings = _plain({name: value for name, value in vars(part).items() if name not in _BASE})
+        except _Unknown:
+            return None
+        parts.append([path, _name(kind), part.extra_repr(), settings])
+    alike = recapture.aliases(module)
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [parts, [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors]]
+    return [parts, [[name, alike[name], list(t.shape), t.stride(), str(t.dtype)] for name, t in tensors]]
 
 
 _BASE = frozenset(vars(nn.Module()))
 
 
+class _Unknown(Exception):
+    """An attribute that can't be told from another."""
+
+
 def _plain(value: Any) -> Any:
-    """An attribute as JSON: settings as they are, functions and objects by their names."""
+    """An attribute as JSON: settings as they are, functions and objects by their names. Raises _Unknown."""
+    if isinstance(value, enum.Enum):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, set | frozenset):  # in no order of its own
@@ -131,13 +149,23 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, torch.dtype | torch.device):
+    if isinstance(value, torch.dtype | torch.device | np.generic):
         return str(value)
+    if isinstance(value, Tensor | np.ndarray):
+        return [str(value.dtype), torch.as_tensor(value).tolist()]
     if isinstance(value, functools.partial):
         return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [
+            _name(type(value)),
+            _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}),
+        ]
     if callable(getattr(value, "to_dict", None)):  # a configuration of transformers'
         return _plain(value.to_dict())
-    return _name(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+    name = _name(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+    if "<" in name:  # a lambda, or a function inside another
+        raise _Unknown(name)
+    return name
 
 
 def _name(value: Any) -> str:

@@ -20,7 +20,7 @@ import typer
 
 from mmpipe import __version__
 from mmpipe.errors import ConfigError, Interrupted, MmpipeError
-from mmpipe.loading import keep_freed_memory, leave_garbage_at_exit
+from mmpipe.loading import keep_freed_memory, leave_garbage_at_exit, use_huge_pages
 
 if TYPE_CHECKING:
     from mmpipe.config import Config
@@ -51,6 +51,7 @@ _AFRESH = ("fusion.calibration=null", "runtime.cache=off")
 
 def main() -> None:
     """Entry point: errors become one message and an exit code, never a traceback."""
+    use_huge_pages()
     keep_freed_memory()
     leave_garbage_at_exit()
     for stream in (sys.stdout, sys.stderr):

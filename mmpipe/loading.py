@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,12 @@ def leave_garbage_at_exit() -> None:
     As `keep_freed_memory` it is the whole process's matter.
     """
     atexit.register(gc.freeze)
+
+
+def use_huge_pages() -> None:
+    """Before torch is imported: let it ask for pages of 2 MB, where the system leaves that to programs. Passing over
+    activations of a large encoder looks up half a million small ones: a tenth of a folder's time."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 _KEPT_BYTES = 2_000_000_000  # freed memory that stays with the process

@@ -88,6 +88,16 @@ class Lowering:
                 total += whole // 2
         return total
 
+    def give_up_copies(self, made: Cut) -> bool:
+        """Where nothing fits with packed copies and nobody asked for them: float32 for all. False: there are none."""
+        if self.config.runtime.dtype != "auto" or self.config.runtime.backend not in ("auto", "eager"):
+            return False
+        if not self.copied_bytes(made):
+            return False
+        branches = (segment.branch for segment in made.plan.segments if segment.branch != HEAD)
+        self.refused.update(dict.fromkeys(branches, "weights packed in bfloat16 do not fit runtime.memory_limit too"))
+        return True
+
     def lower(self, plan: Plan, segment: Segment, module: GraphModule, way: Resolved) -> Lowered:
         """One segment's module as `way`, which `choose` had a part in, has it. Raises ConfigError where the configured
         backend can't, Unlowerable where a tuned one can't for a graph that was edited since."""
@@ -116,7 +126,8 @@ class Lowering:
         placed = self.device.place(module)
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
             return lower("eager", segment, placed, target)
-        key = (id(module), choice, *((0, 0) if choice.backend == "eager" else (rows, threads)))
+        inside = memory if choice.backend == "tensorrt" else None
+        key = (id(module), choice, *((0, 0) if choice.backend == "eager" else (rows, threads)), inside)
         if key not in self._kept:
             examples = examples_of(plan, segment, rows)
             self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)

@@ -14,6 +14,7 @@ from typing import Any
 from mmpipe.budget import Budget, shown
 from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
+from mmpipe.errors import ConfigError
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import Plan
@@ -108,18 +109,27 @@ def resolve(
         base = replace(base, batch_size=base.batch_size + -base.batch_size % _ROWS_MULTIPLE)
         reasons["batch_size"] = f"configured as {runtime.batch_size}; rounded up to a multiple of {_ROWS_MULTIPLE}"
     small = weights < 4 * _NUMBERS_FOR_THREADS and device.kind == "cpu"
-    budget = Budget(config, made, weights + (lowering.copied_bytes(made) if lowering is not None else 0))
+
+    def fitting(ways: Sequence[Resolved], *, shrink: bool, batches: bool) -> list[Resolved]:
+        copies = 0 if lowering is None else lowering.copied_bytes(made)
+        try:
+            budget = Budget(config, made, weights + copies)
+            return [budget.largest(way, shrink=shrink, batches=batches) for way in ways]
+        except ConfigError:
+            if lowering is None or not lowering.give_up_copies(made):
+                raise
+            return fitting(ways, shrink=shrink, batches=batches)
+
     if kind == "call":
         if runtime.batch_size == "auto":
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
         ways = _for_calls(base, made, runtime.schedule, small, cores)
-        return _fastest([lowered(budget.largest(way, shrink=False, batches=False)) for way in ways], measure)
+        return _fastest([lowered(way) for way in fitting(ways, shrink=False, batches=False)], measure)
     shrink = runtime.batch_size == "auto"
-    ruled, *others = _for_batches(base, made, runtime.schedule, small, cores)
-    chosen = lowered(budget.largest(ruled, shrink=shrink, batches=True))
-    ways = [chosen, *(lowered(budget.largest(way, shrink=shrink, batches=True)) for way in others)]
+    ways = fitting(_for_batches(base, made, runtime.schedule, small, cores), shrink=shrink, batches=True)
+    ways = [lowered(way) for way in ways]  # the first is what the rule says
     if measure is None or not _worth_measuring(ways, rows):
-        return chosen
+        return ways[0]
     return _fastest(ways, measure)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from support import hub, shop, words
 from torch import nn
 
-from mmpipe import Pipeline, capturing
+from mmpipe import Pipeline, Sample, capturing
 from mmpipe.graphs.digest import digest
 from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import GraphError
@@ -131,6 +132,49 @@ def test_a_class_of_the_user_s_own_is_captured_every_time(tmp_path, captures, ca
         Pipeline.load(path).close()
     assert captures == ["text", "head"] * 2
     assert not cache.exists()
+
+
+_MINE = """
+import torch
+from mmpipe.encoders import BuiltEncoder
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return x * 2
+class Mine(BuiltEncoder):
+    def __init__(self):
+        row, about = {"x": torch.ones(4)}, {"modality": "text", "dim": 4, "example": "a", "preprocessing": {}}
+        super().__init__(module=Twice(), prepare=lambda text: row, **about)
+"""
+
+
+def test_a_module_of_the_user_s_own_in_an_encoder_of_ours_too(tmp_path, captures, cache):
+    (tmp_path / "mine_parts.py").write_text(_MINE, encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"task": "embed", "encoders": {"text": {"model": "mine_parts:Mine"}}}), encoding="utf-8")
+    for _ in range(2):
+        Pipeline.load(path).close()
+    assert captures == ["text"] * 2
+    assert not cache.exists()
+
+
+def test_what_a_module_does_not_tell_keeps_it_from_being_kept():
+    plain = nn.Linear(2, 2)
+    assert capturing._architecture(plain) == capturing._architecture(nn.Linear(2, 2))
+    seen = [capturing._architecture(plain)]
+    for value in (torch.ones(2), torch.zeros(2), signal.SIGINT, signal.SIGTERM, Sample("a", {}), Sample("b", {})):
+        plain.setting = value
+        seen.append(capturing._architecture(plain))
+    assert all(one != other for place, one in enumerate(seen) for other in seen[:place])
+    plain.setting = lambda x: x
+    assert capturing._architecture(plain) is None
+
+
+def test_tied_weights_are_another_architecture_than_untied_ones():
+    tied, untied = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval().requires_grad_(False) for _ in range(2))
+    tied[1].weight = nn.Parameter(tied[0].weight.detach(), requires_grad=False)  # another parameter, the same memory
+    tied[1].bias = nn.Parameter(tied[1].bias.detach().clone(), requires_grad=False)
+    assert [name for name, _ in tied.named_parameters()] == [name for name, _ in untied.named_parameters()]
+    assert capturing._architecture(tied) != capturing._architecture(untied)
 
 
 def test_off_means_off(weights, captures, monkeypatch):

@@ -178,6 +178,21 @@ def test_packed_copies_count_as_weights(weights):
     assert counted["bfloat16"] - counted["float32"] == copies > 0
 
 
+def test_auto_stays_float32_where_packed_copies_do_not_fit(weights, monkeypatch):
+    """Copies that nobody asked for are no reason to refuse a pipeline."""
+    monkeypatch.setattr(lowering, "bfloat16_gain", lambda: 5.0)
+    monkeypatch.setattr(lowering, "LARGE_NUMBERS", 0)
+    copied = lowering.Lowering.copied_bytes
+    monkeypatch.setattr(lowering.Lowering, "copied_bytes", lambda self, made: 10**6 * copied(self, made))
+    for limit in ("1GB", "auto"):
+        with Pipeline.load(shop.config(weights, runtime={"memory_limit": limit, "cache": "off"})) as pipeline:
+            assert pipeline.resolved.dtype == "float32"
+            assert "do not fit runtime.memory_limit" in pipeline.resolved.reasons["dtype"]
+            assert pipeline.predict([{"id": "1", "text": "a mug"}])[0].label is not None
+    with pytest.raises(ConfigError, match="are not enough"):
+        Pipeline.load(shop.config(weights, runtime={"memory_limit": "1GB", "dtype": "bfloat16"}))
+
+
 def test_a_tuned_backend_that_is_gone_is_eager_and_explain_says_so(weights, kept, tmp_path, monkeypatch):
     made = shop.config(weights, runtime={"cache": "off"})
     with Pipeline.load(made) as pipeline:

@@ -23,6 +23,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import time
@@ -32,6 +33,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import benchmark_peers as peers
 import numpy as np
@@ -63,12 +65,13 @@ class Process:
     """A contender in a process of its own, as people run it: what others leave in memory is not felt."""
 
     def __init__(self, name: str, arguments: Arguments) -> None:
-        if name.startswith("mmpipe"):  # before torch is imported there, as `mmpipe run` does for itself
-            use_huge_pages()
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=serve, args=(name, arguments, there))
-        self._process.start()
+        with patch.dict(os.environ):
+            if name.startswith("mmpipe"):  # before torch is imported there, as `mmpipe run` does for itself
+                use_huge_pages()
+            self._process.start()
         there.close()
         self.ready: float | str = self._pipe.recv()  # seconds, or why it can't be loaded
 

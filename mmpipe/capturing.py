@@ -175,7 +175,7 @@ def _name(value: Any) -> str:
 @functools.cache
 def _code() -> str:
     """A hash of the code that encoders, heads and capture are made of."""
-    total = hashlib.sha256()
+    total = hashlib.sha256(Path(__file__).read_bytes())
     for package in _CODE:
         for folder in importlib.import_module(package).__path__:
             for path in sorted(Path(folder).rglob("*.py")):

@@ -17,17 +17,6 @@ from mmpipe.graphs.digest import digest
 from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import GraphError
 
-FAMILIES = {
-    "open_clip": "image",
-    "siglip": "image",
-    "dinov2": "image",
-    "bert": "text",
-    "minilm": "text",
-    "mpnet": "text",
-    "clap": "audio",
-    "whisper": "audio",
-}
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -58,12 +47,6 @@ def weights(tmp_path_factory):
     return shop.weights(tmp_path_factory.mktemp("weights"))
 
 
-def entry(models, name):
-    if name == "minilm":
-        return {"model": f"hf:{hub.minilm()}", "max_tokens": 16}
-    return {"model": f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"}
-
-
 def nodes(graph):
     return [(node.op, node.name, str(node.target), mark_of(node)) for node in graph.graph.nodes]
 
@@ -72,15 +55,15 @@ def embedding(pipeline):
     return pipeline.predict([{"id": "1", "image": hub.pictures(5)[4], "text": "a red shoe"}])[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hub.FAMILIES)
 def test_the_second_load_captures_nothing_and_has_the_same_graph(models, family, captures):
-    config = {"task": "embed", "encoders": {FAMILIES[family]: entry(models, family)}}
+    config = {"task": "embed", "encoders": {hub.FAMILIES[family]: hub.section(models, family)}}
     with Pipeline.load(config) as pipeline:
         first = pipeline.graph
-    assert captures == [FAMILIES[family]]
+    assert captures == [hub.FAMILIES[family]]
     with Pipeline.load(config) as pipeline:
         again = pipeline.graph
-    assert captures == [FAMILIES[family]]
+    assert captures == [hub.FAMILIES[family]]
     assert nodes(again) == nodes(first)
     assert digest(again) == digest(first)
 
@@ -110,7 +93,7 @@ def test_other_weights_of_the_same_architecture_need_no_capture(weights, capture
 
 def test_what_shapes_the_graph_is_part_of_the_name(models, captures, monkeypatch):
     def load(**options):
-        Pipeline.load({"task": "embed", "encoders": {"text": {**entry(models, "bert"), **options}}}).close()
+        Pipeline.load({"task": "embed", "encoders": {"text": {**hub.section(models, "bert"), **options}}}).close()
         return len(captures)
 
     assert [load(max_tokens=16), load(max_tokens=16), load(max_tokens=24)] == [1, 1, 2]
@@ -229,6 +212,6 @@ def test_a_module_s_description_is_the_same_in_every_process(models, monkeypatch
     found = set()
     for seed in range(4):
         monkeypatch.setenv("PYTHONHASHSEED", str(seed))
-        command = [sys.executable, "-c", _ARCHITECTURE, entry(models, "bert")["model"]]
+        command = [sys.executable, "-c", _ARCHITECTURE, hub.section(models, "bert")["model"]]
         found.add(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(found) == 1

@@ -17,11 +17,6 @@ from mmpipe.parity import Shift
 from mmpipe.resolved import PLAIN, Choice
 from mmpipe.tuned import Best, Tuned
 
-FAMILIES = {
-    "open_clip": "image", "clip": "image", "siglip": "image", "vit": "image", "dinov2": "image",
-    "bert": "text", "minilm": "text", "mpnet": "text", "clap": "audio", "whisper": "audio",
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -42,13 +37,10 @@ def embedded(section, modality, samples, **runtime):
         return pipeline.embed(samples), pipeline.resolved
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", hub.FAMILIES)
 def test_every_family_in_bfloat16_keeps_its_embeddings_and_each_row_its_bytes(models, name):
-    modality = FAMILIES[name]
-    model = (
-        f"hf:{hub.minilm()}" if name == "minilm" else f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"
-    )
-    section = {"model": model, **({"max_tokens": 32} if modality == "text" else {})}
+    modality = hub.FAMILIES[name]
+    section = {**hub.section(models, name), **({"max_tokens": 32} if modality == "text" else {})}
     samples = [{modality: medium} for medium in media_of(modality, 11)]
     plain, _ = embedded(section, modality, samples, dtype="float32")
     short, resolved = embedded(section, modality, samples, dtype="bfloat16")

@@ -29,18 +29,6 @@ PROMPTS = {
 WEIGHTS = {"image": 1.0, "text": 0.5, "audio": 2.0}
 NAMES = tuple(PROMPTS)
 EXITS = [{"after": "image", "threshold": 0.3}, {"after": ["image", "text"], "threshold": 0.3}]
-FAMILIES = {
-    "open_clip": "image",
-    "clip": "image",
-    "siglip": "image",
-    "vit": "image",
-    "dinov2": "image",
-    "bert": "text",
-    "minilm": "text",
-    "mpnet": "text",
-    "clap": "audio",
-    "whisper": "audio",
-}
 COUNT = 20  # samples: two full buckets of 8 and one padded
 
 
@@ -66,15 +54,12 @@ def samples(media):
     return [{"id": str(row), **{name: media[name][row] for name in mixes[row % len(mixes)]}} for row in range(COUNT)]
 
 
-def entry(models, name):
-    """An encoder's section."""
-    if name == "minilm":
-        return {"model": f"hf:{hub.minilm()}", "max_tokens": 32}
-    return {"model": f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"}
-
-
 def three(models):
-    return {"image": entry(models, "open_clip"), "text": entry(models, "minilm"), "audio": entry(models, "clap")}
+    return {
+        "image": hub.section(models, "open_clip"),
+        "text": hub.section(models, "minilm"),
+        "audio": hub.section(models, "clap"),
+    }
 
 
 def zero_shot(models, exits=(), **sections):
@@ -238,10 +223,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", hub.FAMILIES)
 def test_a_row_s_bits_in_every_family(models, media, family, threads):
     """Segments as they run, at several sizes of bucket, on one thread and two."""
-    modality, section = FAMILIES[family], entry(models, family)
+    modality, section = hub.FAMILIES[family], hub.section(models, family)
     with Pipeline.load({"task": "embed", "encoders": {modality: section}}) as pipeline:
         prepare = pipeline.built.preparations[modality].prepare
         made = cut(pipeline.graph)
@@ -291,7 +276,7 @@ def pooled_state(encoder, media, layer):
 @pytest.mark.parametrize("place", DEPTHS)
 def test_a_depth_exit_is_the_probe_on_the_module_s_state(models, media, place, tmp_path):
     modality, layer = place.split(".layer")
-    section = entry(models, DEPTHS[place])
+    section = hub.section(models, DEPTHS[place])
     encoder, embeddings = encoded(section, modality, media[modality])
     state = pooled_state(encoder, media[modality], int(layer))
     torch.manual_seed(2)
@@ -372,7 +357,7 @@ def test_a_missing_folder(refused):
 
 @pytest.mark.parametrize("name", ["clip", "open_clip"])
 def test_the_weights_of_another_model(refused, models, name):
-    model = entry(models, name)["model"]
+    model = hub.section(models, name)["model"]
     line = f"  image: {{model: '{model}', weights: '{models('vit') / 'model.safetensors'}'}}"
     assert says(refused(mmpipe.ConfigError, line), "broken.yaml:3", "encoders.image.model", "logit_scale", "model")
 
@@ -392,7 +377,7 @@ def test_zero_shot_needs_a_text_side(refused, models, name, modality):
 
 def test_one_label_is_no_choice(models):
     with pytest.raises(mmpipe.ConfigError, match="at least 2"):
-        Pipeline.load({"labels": ["a"], "encoders": {"image": entry(models, "clip")}})
+        Pipeline.load({"labels": ["a"], "encoders": {"image": hub.section(models, "clip")}})
 
 
 def test_a_package_that_is_not_installed(refused, models, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import hub
-from support.lowering import FAMILIES, TOLERANCE, Small, case_of, error, family, packaged, permuted_alike, small
+from support.lowering import TOLERANCE, Small, case_of, error, family, packaged, permuted_alike, small
 from torch import nn
 
 from mmpipe.graphs.backends import Target, Unlowerable, export, lower
@@ -30,7 +30,7 @@ def quickstart():
     return packaged("quickstart")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", hub.FAMILIES)
 def test_every_architecture_is_what_eager_computes_and_keeps_a_rows_bits(models, name):
     case = family(models, name)
     run = lowered(case)

@@ -31,6 +31,20 @@ ATOL, COSINE = 1e-4, 0.99999
 BATCHES = (1, 3, 32)
 
 
+FAMILIES = {
+    "open_clip": "image",
+    "clip": "image",
+    "siglip": "image",
+    "vit": "image",
+    "dinov2": "image",
+    "bert": "text",
+    "minilm": "text",
+    "mpnet": "text",
+    "clap": "audio",
+    "whisper": "audio",
+}  # architecture → the modality that it is an encoder of here
+
+
 def texts(count: int) -> list[str]:
     return [(TEXTS[i] if i < len(TEXTS) else " ".join(WORDS[i % 7 : i % 7 + i % 9 + 1])) for i in range(count)]
 
@@ -137,6 +151,13 @@ class Models:
             torch.manual_seed(0)
             BUILDERS[name](self.made[name])
         return self.made[name]
+
+
+def section(models: Models, name: str) -> dict[str, Any]:
+    """The section of a configuration for one of FAMILIES."""
+    if name == "minilm":
+        return {"model": f"hf:{minilm()}", "max_tokens": 32}
+    return {"model": f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"}
 
 
 def minilm() -> Path:

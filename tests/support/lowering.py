@@ -18,18 +18,6 @@ from support import hub
 ROWS = 8
 RATE_HZ = 16000
 TOLERANCE = 1e-5  # of the largest magnitude, in float32
-FAMILIES = {
-    "open_clip": "image",
-    "clip": "image",
-    "siglip": "image",
-    "vit": "image",
-    "dinov2": "image",
-    "bert": "text",
-    "minilm": "text",
-    "mpnet": "text",
-    "clap": "audio",
-    "whisper": "audio",
-}
 
 
 @dataclass(frozen=True)
@@ -47,11 +35,7 @@ class Case:
 
 def family(models: hub.Models, name: str) -> Case:
     """One encoder as it is in a pipeline, with media of every length: the texts are padded, one of them but for two."""
-    modality = FAMILIES[name]
-    if name == "minilm":
-        section: dict[str, Any] = {"model": f"hf:{hub.minilm()}", "max_tokens": 32}
-    else:
-        section = {"model": f"{'open_clip' if name == 'open_clip' else 'hf'}:{models(name)}"}
+    modality, section = hub.FAMILIES[name], hub.section(models, name)
     media = {
         "image": hub.pictures(ROWS),
         "text": hub.texts(ROWS),

@@ -2,7 +2,7 @@
 
     python examples/full_size.py MODELS
     python examples/benchmark_media.py MEDIA --n 200
-    python examples/benchmark.py MODELS MEDIA [--output benchmark.json] [--plot benchmark.svg]
+    python examples/benchmark.py MODELS MEDIA [--device cuda] [--output benchmark.json] [--plot benchmark.svg]
 
 Every contender embeds every photo (CLIP ViT-B/32), text (MiniLM-L6) and sound (CLAP) of the folder, in a process of
 its own, one at a time. Rounds are interleaved in random order; medians of items a second, and ratios to the plain
@@ -10,9 +10,9 @@ script of the same round with their spread. A contender whose embeddings are not
 0.999) is marked.
 
     script …        the loop that one writes: PIL, open_clip's transform, transformers' tokenizer and feature extractor,
-                    batches of 32, one modality after the other; with two DataLoader workers; with torch.compile
+                    batches of 32, one modality after the other; with a DataLoader worker a core; with torch.compile
     pipelines, Ray  transformers' pipelines; Ray Data's workers before the same modules
-    OpenVINO, ONNX  the same loop, the three modules converted
+    OpenVINO, ONNX  the same loop, the three modules converted; on a CPU
     mmpipe …        mmpipe, exits off: in float32, as `auto` has it, with fast decoding
 """
 
@@ -48,7 +48,7 @@ from mmpipe.machine import bfloat16_gain
 ROWS = 32
 MIN_COSINE = 0.999
 Embeddings = dict[str, Tensor]  # modality → [N, D], L2-normalised
-Arguments = tuple[Path, Path, Sequence[Path]]  # models, media, items
+Arguments = tuple[Path, Path, Sequence[Path], str]  # models, media, items, device
 
 
 @dataclass
@@ -110,17 +110,17 @@ def serve(name: str, arguments: Arguments, pipe: Connection) -> None:
 class Script:
     """What one writes: each library's own preprocessing, each model's own module."""
 
-    def __init__(self, models: Path, dtype: torch.dtype) -> None:
+    def __init__(self, models: Path, dtype: torch.dtype, device: str = "cpu") -> None:
         import open_clip
         from transformers import AutoModel, AutoTokenizer, ClapFeatureExtractor, ClapModel
 
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.clip, _, self.transform = open_clip.create_model_and_transforms(f"local-dir:{models / 'clip'}")
-        self.clip.eval().to(dtype)
+        self.clip.eval().to(device, dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(models / "minilm")
-        self.minilm = AutoModel.from_pretrained(models / "minilm").eval().to(dtype)
+        self.minilm = AutoModel.from_pretrained(models / "minilm").eval().to(device, dtype)
         self.extractor = ClapFeatureExtractor.from_pretrained(models / "clap")
-        self.clap = ClapModel.from_pretrained(models / "clap").eval().to(dtype)
+        self.clap = ClapModel.from_pretrained(models / "clap").eval().to(device, dtype)
         self.modules: dict[str, Callable[..., Tensor]] = {
             "image": lambda pixels: self.clip.encode_image(pixels.to(self.dtype)),
             "text": self._text,
@@ -157,8 +157,9 @@ class Script:
         with torch.inference_mode():
             for batch in batches:
                 for name, inputs in batch.items():
+                    inputs = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
                     found[name].append(nn.functional.normalize(self.modules[name](*inputs).float(), dim=-1))
-        return {name: torch.cat(parts) for name, parts in found.items() if parts}
+        return {name: torch.cat(parts).cpu() for name, parts in found.items() if parts}
 
     def batches(self, items: Sequence[Path]) -> Iterator[dict[str, tuple[Tensor, ...]]]:
         for start in range(0, len(items), ROWS):
@@ -174,7 +175,8 @@ class Script:
             def __getitem__(inner, number: int) -> dict[str, tuple[Tensor, ...]]:
                 return self.load(items[number])
 
-        return iter(DataLoader(Items(), ROWS, num_workers=count, collate_fn=collate, multiprocessing_context="fork"))
+        how = {"collate_fn": collate, "multiprocessing_context": "fork", "pin_memory": self.device != "cpu"}
+        return iter(DataLoader(Items(), ROWS, num_workers=count, **how))
 
 
 def collate(rows: Sequence[dict[str, tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
@@ -189,22 +191,31 @@ def _features(result: Any) -> Tensor:
 # --- contenders -------------------------------------------------------------------------------------------------------
 
 
-def makers(models: Path, media: Path, items: Sequence[Path]) -> Mapping[str, Callable[[], Callable[[], Embeddings]]]:
-    """Name → what loads a contender and returns its run. In bfloat16 where the processor multiplies it."""
-    short = torch.bfloat16 if bfloat16_gain() else torch.float32
+def makers(
+    models: Path, media: Path, items: Sequence[Path], device: str
+) -> Mapping[str, Callable[[], Callable[[], Embeddings]]]:
+    """Name → what loads a contender and returns its run. In bfloat16 where the device multiplies it."""
+    cpu, workers = device == "cpu", len(os.sched_getaffinity(0))
+    short = torch.bfloat16 if (bfloat16_gain() if cpu else torch.cuda.is_bf16_supported()) else torch.float32
     word, hint = str(short).removeprefix("torch."), "bf16" if short == torch.bfloat16 else "f32"
-    return {
-        "script, float32": lambda: script(models, items, torch.float32),
-        f"script, {word}": lambda: script(models, items, short),
-        f"script, {word}, 2 workers": lambda: script(models, items, short, workers=2),
-        f"script, {word}, torch.compile": lambda: script(models, items, short, compiled=True),
-        f"pipelines, {word}": lambda: peers.pipelines(Script(models, short), items, ROWS),
-        f"Ray Data, {word}": lambda: peers.ray_data(partial(Script, models, short), items, ROWS),
-        f"script, OpenVINO {word}": lambda: openvino_script(models, items, hint),
-        "script, ONNX Runtime float32": lambda: onnx_script(models, items),
-        "mmpipe, float32": lambda: mmpipe(models, media, items, ["runtime.dtype=float32"]),
-        "mmpipe": lambda: mmpipe(models, media, items, []),
-        "mmpipe, fast decoding": lambda: mmpipe(models, media, items, ["input.decode=fast"]),
+    found = {
+        "script, float32": lambda: script(models, items, torch.float32, device),
+        f"script, {word}": lambda: script(models, items, short, device),
+        f"script, {word}, {workers} workers": lambda: script(models, items, short, device, workers=workers),
+        f"script, {word}, torch.compile": lambda: script(models, items, short, device, compiled=True),
+        f"pipelines, {word}": lambda: peers.pipelines(Script(models, short, device), items, ROWS),
+        f"Ray Data, {word}": lambda: peers.ray_data(partial(Script, models, short, device), items, ROWS),
+    }
+    if cpu:
+        found |= {
+            f"script, OpenVINO {word}": lambda: openvino_script(models, items, hint),
+            "script, ONNX Runtime float32": lambda: onnx_script(models, items),
+        }
+    on = [] if cpu else [f"runtime.device={device}"]
+    return found | {
+        "mmpipe, float32": lambda: mmpipe(models, media, items, [*on, "runtime.dtype=float32"]),
+        "mmpipe": lambda: mmpipe(models, media, items, on),
+        "mmpipe, fast decoding": lambda: mmpipe(models, media, items, [*on, "input.decode=fast"]),
     }
 
 
@@ -222,9 +233,15 @@ def start(processes: dict[str, Process], arguments: Arguments, skip: Sequence[st
 
 
 def script(
-    models: Path, items: Sequence[Path], dtype: torch.dtype, *, workers: int = 0, compiled: bool = False
+    models: Path,
+    items: Sequence[Path],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    workers: int = 0,
+    compiled: bool = False,
 ) -> Callable[[], Embeddings]:
-    made = Script(models, dtype)
+    made = Script(models, dtype, device)
     if compiled:
         made.clip.visual = torch.compile(made.clip.visual, dynamic=False)
         made.minilm = torch.compile(made.minilm, dynamic=False)
@@ -330,7 +347,7 @@ def table(found: Sequence[Contender], count: int) -> Iterator[str]:
         yield f"| {one.name} | {rate:.1f} | {spread} | {least:.5f}{flag} | {one.ready_seconds:.0f} s |"
 
 
-def plot(found: Sequence[Contender], count: int) -> str:
+def plot(found: Sequence[Contender], count: int, where: str) -> str:
     """Items a second as bars, an SVG: medians, and thin lines from the slowest round to the fastest."""
     height, left, right = 26, 250, 420
     rates = [sorted(count / seconds for seconds in one.seconds) for one in found]
@@ -348,7 +365,7 @@ def plot(found: Sequence[Contender], count: int) -> str:
             f'<path d="M{left + rate[0] * scale:.1f} {top + 9}H{left + rate[-1] * scale:.1f}" stroke="#111"/>'
             f'<text x="{left + rate[-1] * scale + 6:.1f}" y="{top + 14}">{middle:.1f}</text>'
         )
-    about = f"items a second; {count} items, medians of {len(found[0].seconds)} rounds; {machine()}"
+    about = f"items a second; {count} items, medians of {len(found[0].seconds)} rounds; {where}"
     parts.append(f'<text x="60" y="{height * len(found) + 24}" fill="#475569" font-size="11">{about}</text></svg>')
     return "".join(parts)
 
@@ -358,28 +375,28 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("media", type=Path)
     parser.add_argument("--n", type=int, help="only so many items")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where the models run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], help="contenders whose name has one of these words")
     parser.add_argument("--output", type=Path, help="all that was measured, as JSON")
     parser.add_argument("--plot", type=Path, help="items a second, as an SVG")
     options = parser.parse_args()
     items = sorted(path.with_suffix("") for path in options.media.glob("*.jpg"))[: options.n]
-    print(f"{len(items)} items; {machine()}")
+    where = machine(options.device)
+    print(f"{len(items)} items; {where}", flush=True)
     processes: dict[str, Process] = {}
     try:
-        start(processes, (options.models, options.media, items), options.skip)
+        start(processes, (options.models, options.media, items, options.device), options.skip)
         found = measure(processes, options.rounds)
     finally:
         for process in processes.values():
             process.close()
     print("\n".join(["", *table(found, len(items))]))
     if options.plot:
-        options.plot.write_text(plot(found, len(items)), encoding="utf-8")
+        options.plot.write_text(plot(found, len(items), where), encoding="utf-8")
     if options.output:
         plain = [asdict(one) for one in found]
-        options.output.write_text(
-            json.dumps({"machine": machine(), "items": len(items), "contenders": plain}, indent=1)
-        )
+        options.output.write_text(json.dumps({"machine": where, "items": len(items), "contenders": plain}, indent=1))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def pipelines(script: Any, items: Sequence[Path], rows: int) -> Callable[[], dic
     from PIL import Image
     from transformers import CLIPImageProcessor, pipeline
 
-    about = {"device": "cpu", "dtype": script.dtype}
+    about = {"device": script.device, "dtype": script.dtype}
     vision = _vision(script.clip.visual).to(script.dtype)
     pictures = pipeline("image-feature-extraction", model=vision, image_processor=CLIPImageProcessor(), **about)
     texts = pipeline("feature-extraction", model=script.minilm, tokenizer=script.tokenizer, **about)

@@ -42,8 +42,9 @@ _STATISTICS = {
 }
 _MOVES = {aten.expand.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.permute.default}
 _EXACT = (torch.uint8, torch.bool)  # whose numbers the shorter types hold as they are
-# With float32 weights beside a shorter input; a CPU mixes them, and keeps the weights' digits.
+# With float32 weights beside a shorter input: a CPU mixes them, and keeps the weights' digits. A GPU mixes one kind.
 _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default}
+_MIXED_ON_A_GPU = {aten.batch_norm.default}
 
 
 def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True) -> fx.GraphModule:
@@ -115,10 +116,15 @@ class _Lowering:
             node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
             self.short.add(cast)
         else:
-            keep = node.target in _NORMALISATIONS
+            keep = node.target in _NORMALISATIONS and self._mixes(node)
             self._give(node, lambda n: n if keep and n.op == "get_attr" else self._shortened(n, node))
             if mark_of(node).dtype in (torch.float32, None):  # None: several results, or one that a user put in
                 self.short.add(node)
+
+    def _mixes(self, node: fx.Node) -> bool:
+        """Whether a normalisation takes weights of another type than its input, where its weights are."""
+        weights = [get_tensor(self.module, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+        return node.target in _MIXED_ON_A_GPU or all(weight.device.type == "cpu" for weight in weights)
 
     def _give(self, node: fx.Node, change: Any) -> None:
         node.args = fx.map_arg(node.args, change)

@@ -125,6 +125,10 @@ def _round(measured: Measured, pipeline: Pipeline, samples: Sequence[Sample]) ->
         compute += sum(outcome.seconds.get(segment.name, 0.0) for segment in pipeline.plan.segments)
     measured.seconds.append(time.perf_counter() - began)
     resolved = pipeline.resolved
-    side_by_side = max(1, resolved.decode_workers // resolved.threads)  # segments that the cores can run at once
     measured.decode_core_seconds, measured.compute_seconds = decode, compute
-    measured.bound_seconds = decode / resolved.decode_workers + compute / side_by_side
+    decoding = decode / resolved.decode_workers
+    if resolved.device == "cpu":
+        side_by_side = max(1, resolved.decode_workers // resolved.threads)  # segments that the cores can run at once
+        measured.bound_seconds = decoding + compute / side_by_side
+    else:  # the cores decode while the GPU computes
+        measured.bound_seconds = max(decoding, compute)

@@ -154,7 +154,9 @@ class Engine:
 
 def _beside(resolved: Resolved, workers: int) -> int:
     """Decoders that go on while a segment is computed. Where that takes every core, none: each would hold up a thread
-    of the segment, and all its others with it (with two cores 7% of a folder's time)."""
+    of the segment, and all its others with it (with two cores 7% of a folder's time). Where a GPU computes, all."""
+    if resolved.device != "cpu":
+        return workers
     return (
         0 if resolved.streams == "caller" and resolved.threads > 1 and workers <= _TAKE_TURNS else max(1, workers // 2)
     )

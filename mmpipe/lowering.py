@@ -1,6 +1,6 @@
 """Which backend and number type each segment gets on this machine, and why; and the lowered segments, kept.
 
-    runtime.dtype    as configured; auto: bfloat16 for large encoders where the processor multiplies it faster
+    runtime.dtype    as configured; auto: bfloat16 for large encoders where the device multiplies it faster
     runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment; eager where nothing was,
                      or where that can't be had any more
 
@@ -23,7 +23,6 @@ from mmpipe.graphs import cost
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable, examples_of, lower
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import HEAD, Plan, Segment
-from mmpipe.machine import bfloat16_gain
 from mmpipe.resolved import PLAIN, Choice, Resolved
 from mmpipe.runtime.device import Device
 from mmpipe.tuned import Tuned
@@ -123,13 +122,16 @@ class Lowering:
     ) -> Lowered:
         """Lowered, or kept from before."""
         target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder(), memory)
-        placed = self.device.place(module)
+        # an engine is built from the host's weights, and holds its own
+        placed = module if choice.backend == "tensorrt" else self.device.place(module)
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
             return lower("eager", segment, placed, target)
         inside = memory if choice.backend == "tensorrt" else None
         key = (id(module), choice, *((0, 0) if choice.backend == "eager" else (rows, threads)), inside)
         if key not in self._kept:
             examples = examples_of(plan, segment, rows)
+            if choice.backend != "tensorrt":
+                examples = tuple(map(self.device.held, examples))
             self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)
         return self._kept[key][1]
 
@@ -165,17 +167,15 @@ class Lowering:
         asked = self.config.runtime.dtype
         if asked != "auto":
             return Choice("eager", asked)
-        pays = large and self.device.kind == "cpu" and bfloat16_gain() >= _GAIN
+        pays = large and self.device.bfloat16_gain() >= _GAIN
         return Choice("eager", "bfloat16" if pays else "float32")
 
     def _why_dtype(self, short: bool) -> str:
         if self.config.runtime.dtype != "auto":
             return "configured"
-        if self.device.kind != "cpu":
-            return "on a GPU a shorter type is used where it is configured"
-        gain = bfloat16_gain()
+        gain = self.device.bfloat16_gain()
         if gain == 0:
-            return "this processor does not multiply bfloat16 itself"
+            return f"this {'processor' if self.device.kind == 'cpu' else 'GPU'} does not multiply bfloat16 itself"
         measured = f"a product in bfloat16 takes {1 / gain:.2f} of float32's time here"
         return measured if short or gain < _GAIN else f"{measured}, but no encoder is large enough to gain"
 

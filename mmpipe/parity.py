@@ -94,12 +94,13 @@ def compare(
     rows: int,
     real: Mapping[str, Sequence[Tensor]],
     decide: Decide | None,
+    held: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Shift:
     """Both ways over one bucket of `rows` rows. Inputs of which `real` has none are made up.
 
-    `decide`: the gate: exit index, logits → probabilities, confidence, leaves.
+    `decide`: the gate: exit index, logits → probabilities, confidence, leaves. `held`: a tensor where both compute.
     """
-    known = _inputs(plan, rows, real)
+    known = {name: held(value) for name, value in _inputs(plan, rows, real).items()}
     with torch.inference_mode():
         wanted, got = _walk(plan, plain, known), _walk(plan, lowered, known)
         cosine = {}
@@ -109,8 +110,8 @@ def compare(
         confidence, flipped = 0.0, 0
         for number, exit_ in enumerate(plan.exits if decide is not None else ()):
             assert decide is not None
-            one_RL, sure_R, _ = decide(number, wanted[exit_.value])
-            other_RL, shifted_R, _ = decide(number, got[exit_.value])
+            one_RL, sure_R, _ = decide(number, wanted[exit_.value].cpu())
+            other_RL, shifted_R, _ = decide(number, got[exit_.value].cpu())
             moved = float((sure_R - shifted_R).abs().max())
             confidence = max(confidence, moved) if moved == moved else float("inf")
             top_R2 = one_RL.topk(min(2, one_RL.shape[1]), dim=1).values

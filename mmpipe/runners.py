@@ -83,7 +83,7 @@ class Runners:
     def prove(self, kind: Kind, samples: Sequence[Sample], limits: media.Limits) -> None:
         """Let what is lowered otherwise than eager float32 through the parity gate, on the first samples that come. An
         encoder that fails is decided on again, without."""
-        if self._proved or not samples or self.device.kind != "cpu":
+        if self._proved or not samples:
             return
         self._proved = True
         while self.resolved(kind).segments:
@@ -102,10 +102,11 @@ class Runners:
     def _shift(self, kind: Kind, real: Mapping[str, Sequence[Tensor]]) -> Shift:
         way, made = self.resolved(kind), self.cut
         rows = min(way.batch_size, ROWS) if {c.backend for c in way.segments.values()} == {"eager"} else way.batch_size
-        plain = {s.name: lower("eager", s, made.modules[s.name], Target(rows)) for s in made.plan.segments}
+        placed_modules = {name: self.device.place(module) for name, module in made.modules.items()}
+        plain = {s.name: lower("eager", s, placed_modules[s.name], Target(rows)) for s in made.plan.segments}
         lowered = {s.name: self.lowering.lower(made.plan, s, made.modules[s.name], way) for s in made.plan.segments}
         with threads_of(way.threads):
-            return compare(made.plan, plain, lowered, rows, real, self._gate(False))
+            return compare(made.plan, plain, lowered, rows, real, self._gate(False), self.device.held)
 
     def _forget_decision(self, kind: Kind) -> None:
         self._resolved.pop(kind, None)

@@ -23,14 +23,6 @@ def models(tmp_path_factory):
     return hub.Models(tmp_path_factory.mktemp("models"))
 
 
-def media_of(modality, count):
-    return {
-        "image": lambda: hub.pictures(count),
-        "text": lambda: [text or "." for text in hub.texts(count)],
-        "audio": lambda: [(sound, 16000) for sound in hub.sounds(count, 16000, 2.0)],
-    }[modality]()
-
-
 def embedded(section, modality, samples, **runtime):
     made = {"task": "embed", "encoders": {modality: section}, "runtime": {"batch_size": 8, "cache": "off", **runtime}}
     with Pipeline.load(made) as pipeline:
@@ -41,7 +33,7 @@ def embedded(section, modality, samples, **runtime):
 def test_every_family_in_bfloat16_keeps_its_embeddings_and_each_row_its_bytes(models, name):
     modality = hub.FAMILIES[name]
     section = {**hub.section(models, name), **({"max_tokens": 32} if modality == "text" else {})}
-    samples = [{modality: medium} for medium in media_of(modality, 11)]
+    samples = [{modality: medium} for medium in hub.media_of(modality, 11)]
     plain, _ = embedded(section, modality, samples, dtype="float32")
     short, resolved = embedded(section, modality, samples, dtype="bfloat16")
     assert resolved.dtype == "bfloat16"
@@ -58,7 +50,7 @@ def test_small_models_stay_float32(pipeline):
 
 @pytest.mark.parametrize(("gain", "becomes"), [(0.0, "float32"), (1.1, "float32"), (4.0, "bfloat16")])
 def test_auto_is_bfloat16_for_large_encoders_where_it_is_faster(weights, monkeypatch, gain, becomes):
-    monkeypatch.setattr(lowering, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: gain)
     monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
     with Pipeline.load(shop.config(weights)) as pipeline:
         assert pipeline.resolved.dtype == becomes
@@ -172,7 +164,7 @@ def test_packed_copies_count_as_weights(weights):
 
 def test_auto_stays_float32_where_packed_copies_do_not_fit(weights, monkeypatch):
     """Copies that nobody asked for are no reason to refuse a pipeline."""
-    monkeypatch.setattr(lowering, "bfloat16_gain", lambda: 5.0)
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 5.0)
     monkeypatch.setattr(lowering, "LARGE_NUMBERS", 0)
     copied = lowering.Lowering.copied_bytes
     monkeypatch.setattr(lowering.Lowering, "copied_bytes", lambda self, made: 10**6 * copied(self, made))

@@ -1,4 +1,5 @@
-"""PyTorch's own compiler: C++ for what stands between the matrix products, weights packed once. Needs a C++ compiler.
+"""PyTorch's own compiler: C++ for what stands between the matrix products, weights packed once; on a GPU, Triton. Needs
+a C++ compiler.
 
 Compiling takes seconds for a small encoder, a minute for a large one; what it wrote is kept where `target.folder` says,
 and found again in a fraction of that.
@@ -12,6 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,33 +65,38 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
 
 
 def _key(module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> str:
-    """What the code depends on besides the machine, which the compiler itself looks at."""
+    """What the code depends on besides the processor, which the compiler itself looks at."""
     about = [torch.__version__, target.rows, target.threads, [(tuple(e.shape), str(e.dtype)) for e in examples]]
+    about += [torch.cuda.get_device_name(device) for device in {e.device for e in examples} if device.type == "cuda"]
     return f"inductor-{hashlib.sha256(digest(module) + repr([about, _OPTIONS]).encode()).hexdigest()[:32]}"
 
 
 @contextlib.contextmanager
 def _compiled_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update(places)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        else:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the compiler's warnings about GPUs that are not there."""
+    """Without the compiler's warnings about GPUs that are not there, and what it leaves to others."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch._inductor", "torch.utils.cpp_extension")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -53,7 +53,7 @@ def explain(
     seconds = _seconds(outcome, wall)
     return {
         "title": pipeline.config.source.name or "mmpipe",
-        "machine": machine(),
+        "machine": machine(pipeline.resolved.device),
         "verdict": "",
         "advice": [],
         "seconds": seconds,
@@ -88,8 +88,8 @@ def made_up(pipeline: Pipeline, count: int) -> list[Sample]:
     return [Sample(str(n), {name: media[name](n) for name in pipeline.config.modalities}) for n in range(count)]
 
 
-def machine() -> str:
-    """This machine in a line: processor, cores, what PyTorch may use of it."""
+def machine(device: str = "cpu") -> str:
+    """This machine in a line: processor, cores, what PyTorch may use of it; the GPU where `device` is one."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -97,7 +97,8 @@ def machine() -> str:
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
+    gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name(device)}, "
+    return f"{gpu}{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
 
 
 def _answered(pipeline: Pipeline, predictions: Sequence[Prediction]) -> dict[str, int]:
@@ -120,7 +121,7 @@ def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str
         way = pipeline.resolved.segments.get(segment.name, PLAIN)
         as_run = lowered(modules[segment.name], getattr(torch, way.dtype))
         found = cost.products(plan, segment, as_run, rows)
-        alone = products_seconds(found, timed, pipeline.resolved.threads)
+        alone = products_seconds(found, timed, pipeline.resolved.threads, pipeline.runners.device.held)
         spent, done = sum(s.end - s.start for s in spans), sum(span.rows for span in spans)
         lines.append(
             {

@@ -11,7 +11,10 @@ Memory that ran out and Python's errors are not: they fail their run alone, as o
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
@@ -31,6 +34,9 @@ from mmpipe.runtime.streams import Work as Job
 
 if TYPE_CHECKING:
     from mmpipe.runtime.lanes import Work
+
+
+_HAS_BFLOAT16 = (8, 0)  # compute capability
 
 
 class CudaEvent:
@@ -127,7 +133,7 @@ class CudaDevice:
             raise RuntimeError(f"cuda:{index}: torch {torch.__version__}, {built}, sees {seen} CUDA devices")
         self.device = torch.device("cuda", index)
         self.notes: list[str] = []
-        self._memory = torch.cuda.MemPool()
+        self._gain: float | None = None
         # the host's → the device's: segments, and plans of other buckets, share them
         self._weights: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         # Replays go one after the other: a run's head may read slots that the run before it wrote.
@@ -143,8 +149,7 @@ class CudaDevice:
         return CudaStream(name, cuda)
 
     def allocate(self, size_bytes: int) -> Tensor:
-        with torch.cuda.use_mem_pool(self._memory, self.device):
-            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     def allocate_host(self, size_bytes: int) -> Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
@@ -155,6 +160,14 @@ class CudaDevice:
 
     def place(self, module: fx.GraphModule) -> fx.GraphModule:
         return placed(module, self.device, self._weights)
+
+    def held(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def bfloat16_gain(self) -> float:
+        if self._gain is None:
+            self._gain = bfloat16_gain(self.device)
+        return self._gain
 
     def near(self, numbers: Tensor) -> Tensor:
         return self.allocate(numbers.nbytes).view(numbers.dtype).reshape(numbers.shape)
@@ -213,12 +226,7 @@ class Captured:
         self._after = dict.fromkeys(step.stream for step in self._steps if step.does != "in")
         self._timers = {step.name: (timing(external=True), timing(external=True)) for step in self._steps}
         self._graph = torch.cuda.CUDAGraph()
-        with (
-            torch.inference_mode(),
-            torch.autocast("cuda", enabled=False),
-            # other threads go on: the decoders', and other pipelines'
-            torch.cuda.graph(self._graph, pool=pool, stream=launch.cuda, capture_error_mode="thread_local"),
-        ):
+        with torch.inference_mode(), torch.autocast("cuda", enabled=False), capturing(self._graph, pool, launch.cuda):
             self._fork_and_join(work.steps)
 
     def replay(self, run: Run) -> dict[str, Event]:
@@ -240,23 +248,64 @@ class Captured:
         fork = root.record_event()
         joined: dict[str, torch.cuda.Stream] = {}
         ended: dict[str, torch.cuda.Event] = {}
-        for step in self._steps:
-            stream = self._streams[step.stream].cuda
-            if step.stream not in joined:
-                joined[step.stream] = stream
-                stream.wait_event(fork)
-            for name in step.waits:
-                if name in ended:  # else the prologue's, which the launch waits for
-                    stream.wait_event(ended[name])
-            began_at, ended_at = self._timers[step.name]
+        try:
+            for step in self._steps:
+                stream = self._streams[step.stream].cuda
+                if step.stream not in joined:
+                    joined[step.stream] = stream
+                    stream.wait_event(fork)
+                for name in step.waits:
+                    if name in ended:  # else the prologue's, which the launch waits for
+                        stream.wait_event(ended[name])
+                began_at, ended_at = self._timers[step.name]
+                with torch.cuda.stream(stream):
+                    began_at.record(stream)
+                    work[step.name]()
+                    ended_at.record(stream)
+                if step.records:
+                    ended[step.name] = stream.record_event()
+        finally:  # with a stream that has not joined, no capture ends
+            for stream in joined.values():
+                root.wait_event(stream.record_event())
+
+
+_one_capture = threading.Lock()
+_failed: list[torch.cuda.CUDAGraph] = []  # torch's allocators may still ask them whether they are being captured
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is enqueued on `stream`, and on what forks from it, becomes the graph; other threads go on.
+
+    As torch.cuda.graph, which does not clean up after a capture that an operation has ended which none allows: torch's
+    allocator would believe in it for ever, and the first attempt to give memory back would end the process. Nor does
+    Python collect garbage meanwhile: what that may free, no capture allows.
+    """
+    with _one_capture:
+        torch.cuda.synchronize(stream.device)
+        torch.cuda.empty_cache()  # the graph's memory is its own
+        collects = gc.isenabled()
+        gc.disable()
+        try:
             with torch.cuda.stream(stream):
-                began_at.record(stream)
-                work[step.name]()
-                ended_at.record(stream)
-            if step.records:
-                ended[step.name] = stream.record_event()
-        for stream in joined.values():
-            root.wait_event(stream.record_event())
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    yield
+                finally:
+                    _end(graph, pool, stream)
+        finally:
+            if collects:
+                gc.enable()
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _failed.append(graph)
+        with contextlib.suppress(RuntimeError):  # where torch has done it
+            torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+        raise
 
 
 def prologue(stage_plan: StagePlan) -> frozenset[str]:
@@ -293,6 +342,26 @@ def placed(module: fx.GraphModule, device: torch.device, weights: MutableMapping
             (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
         )
     return fx.GraphModule(mine, graph)
+
+
+def bfloat16_gain(device: torch.device) -> float:
+    """See Device.bfloat16_gain. Float32 as it is set up: with TF32 where somebody has allowed it."""
+    if torch.cuda.get_device_capability(device) < _HAS_BFLOAT16:
+        return 0.0
+    seconds: dict[torch.dtype, float] = {}
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            one, other = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+            times: list[float] = []
+            for _ in range(6):
+                began, ended = timing(), timing()
+                began.record()
+                torch.mm(one, other)
+                ended.record()
+                ended.synchronize()
+                times.append(began.elapsed_time(ended))
+            seconds[dtype] = min(times[1:])
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def first_cause(error: BaseException) -> str:

@@ -36,7 +36,7 @@ def test_ratios_are_of_the_same_round_and_lost_parity_is_said(benchmark, found):
 
 
 def test_the_plot_is_a_picture_with_a_bar_for_each(benchmark, found):
-    picture = ElementTree.fromstring(benchmark.plot(found, 100))
+    picture = ElementTree.fromstring(benchmark.plot(found, 100, "a machine"))
     name = "{http://www.w3.org/2000/svg}"
     bars = [float(bar.get("width")) for bar in picture.findall(f"{name}rect")[1:]]
     assert bars[1] / bars[0] == pytest.approx(2.2, rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import inspect
 from operator import attrgetter
 from pathlib import Path
@@ -34,17 +35,18 @@ CALLS = {
     "torch.cuda.CUDAGraph()",
     "torch.cuda.Event(blocking=)",
     "torch.cuda.Event(enable_timing=, external=)",
-    "torch.cuda.MemPool()",
     "torch.cuda.Stream(_)",
     "torch.cuda.current_stream(_)",
     "torch.cuda.device_count()",
-    "torch.cuda.graph(_, pool=, stream=, capture_error_mode=)",
+    "torch.cuda.empty_cache()",
+    "torch.cuda.get_device_capability(_)",
     "torch.cuda.graph_pool_handle()",
     "torch.cuda.mem_get_info(_)",
     "torch.cuda.stream(_)",
-    "torch.cuda.use_mem_pool(_, _)",
+    "torch.cuda.synchronize(_)",
     "Event.elapsed_time(_)",
     "Event.query()",
+    "Event.record()",
     "Event.record(_)",
     "Event.synchronize()",
     "Stream.query()",  # Event's, by name alone
@@ -52,9 +54,11 @@ CALLS = {
     "Stream.synchronize()",
     "Stream.wait_event(_)",
     "Stream.wait_stream(_)",
+    "CUDAGraph.capture_begin(pool=, capture_error_mode=)",
+    "CUDAGraph.capture_end()",
     "CUDAGraph.replay()",
 }
-CLASSES = ("Event", "Stream", "CUDAGraph", "MemPool")
+CLASSES = ("Event", "Stream", "CUDAGraph")
 OURS = {"wait"}  # of CudaStream and CudaEvent; torch's Event has one too, which nothing here calls
 
 
@@ -200,6 +204,42 @@ def test_a_capture_that_fails_says_why_and_the_plain_way_stays(on_double, monkey
         "stage 0, 8 rows: no CUDA graph: RuntimeError: operation not permitted when stream is capturing"
     ]
     same(outcomes[2], outcomes[0])
+
+
+def test_a_step_that_fails_while_it_is_captured_leaves_nothing_half_done(monkeypatch):
+    captured(PARTS)
+    rows = batch(8)
+    rows[PRESENCE][:] = True
+    with driver.double(monkeypatch) as double:
+        device = CudaDevice(0)
+        runner, _ = executor([], [], device=device, layout="branches")
+        good = runner.works[0][0].steps["text@0"]
+
+        def breaks():
+            if double.capturing is not None:
+                raise MemoryError("none left")
+            good()
+
+        runner.works[0][0].steps["text@0"] = breaks
+        want = runner.run(rows[PRESENCE], Rows(rows))
+        same(runner.run(rows[PRESENCE], Rows(rows)), want)
+        runner.close()
+    assert double.capturing is None
+    assert device.notes == ["stage 0, 8 rows: no CUDA graph: MemoryError: none left"]
+    assert cuda._failed == []  # all streams had joined: the capture itself ended well
+    assert gc.isenabled()
+
+
+def test_torch_s_allocator_is_told_when_a_capture_can_t_be_ended(monkeypatch):
+    told = []
+    with driver.double(monkeypatch):
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: told.append((index, pool)))
+        graph, stream, other = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream()
+        with pytest.raises(RuntimeError, match="not ended"), cuda.capturing(graph, (0, 7), stream):
+            other.wait_event(stream.record_event())
+    assert told == [(0, (0, 7))]
+    assert cuda._failed.pop() is graph
+    assert gc.isenabled()
 
 
 def test_a_watched_segment_is_in_no_graph(monkeypatch):

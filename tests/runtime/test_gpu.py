@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from support.parts import batch
@@ -20,10 +22,15 @@ LAYOUTS = ["one", "staged", "branches", "parallel"]
 
 
 @pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
+def _full_float32():
     """Answers are compared with a CPU's: no TF32 in convolutions and products."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield
+    for place, value in zip(places, before, strict=True):
+        place.allow_tf32 = value
 
 
 def everything(count):
@@ -109,6 +116,29 @@ def test_a_failing_segment_ends_its_own_run_alone():
     runner.works[0][0].steps["text@0"] = good
     assert torch.equal(runner.run(rows[PRESENCE], Rows(rows)).probabilities_NL, want.probabilities_NL)
     runner.close()
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()  # fails where torch believes that a capture is underway
+
+
+def test_an_operation_that_no_capture_allows_leaves_the_plain_way_and_whole_memory():
+    rows, device = everything(8), device_for("cuda")
+    runner, _ = executor([], [], device=device)
+    good = runner.works[0][0].steps["text@0"]
+
+    def peeks():
+        good()
+        torch.cuda.synchronize()
+
+    runner.works[0][0].steps["text@0"] = peeks
+    runs = [runner.run(rows[PRESENCE], Rows(rows)) for _ in range(3)]
+    assert "no CUDA graph" in device.notes[0]
+    assert torch.equal(runs[0].probabilities_NL, runs[2].probabilities_NL)
+    runner.close()
+    del runner, device
+    gc.collect()
+    torch.cuda.empty_cache()  # fails where torch still believes that a capture is underway
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 def test_spans_are_in_the_order_of_the_plan_and_within_the_run():

@@ -164,6 +164,8 @@ def captured(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class Stream:
+    device = torch.device("cuda", 0)
+
     def __init__(self, device: object = None, priority: int = 0) -> None:
         self.id = _driver().number()
 
@@ -216,6 +218,28 @@ class Graph:
     def __init__(self, keep_graph: bool = False) -> None:
         self.items: list[Mark | tuple[int, Call]] = []
 
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
+        driver = _driver()
+        assert driver.capturing is None
+        driver.capturing, self.launch = self, driver.current
+
+    def capture_end(self) -> None:
+        assert _driver().capturing is self
+        _driver().capturing = None
+        if self._unjoined():
+            raise RuntimeError("capture was not ended in the same stream as it began")
+
+    def _unjoined(self) -> set[int]:
+        """Streams with work that the launching stream has not waited for in the end."""
+        last: dict[int, int] = {}  # stream → the last event that it recorded after its last work
+        waited = {i.event for i in self.items if isinstance(i, Mark) and (i.does, i.stream) == ("wait", self.launch)}
+        for item in self.items:
+            if isinstance(item, Mark) and item.does == "record":
+                last[item.stream] = item.event
+            elif (stream := item.stream if isinstance(item, Mark) else item[0]) != self.launch:
+                last[stream] = -1
+        return {stream for stream, event in last.items() if stream != self.launch and event not in waited}
+
     def replay(self) -> None:
         driver = _driver()
         driver.replays += 1
@@ -236,20 +260,6 @@ class Graph:
                 call.again()
                 driver.replaying = False
                 driver.launched(anew(stream), call)
-
-
-@contextlib.contextmanager
-def capturing(
-    cuda_graph: Graph, pool: object = None, stream: Stream | None = None, capture_error_mode: str = "global"
-) -> Any:
-    driver = _driver()
-    assert driver.capturing is None
-    driver.capturing, cuda_graph.launch = cuda_graph, stream.id
-    try:
-        with on(stream):
-            yield
-    finally:
-        driver.capturing = None
 
 
 @contextlib.contextmanager
@@ -286,10 +296,9 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Any:
             "Stream": Stream,
             "Event": Event,
             "CUDAGraph": Graph,
-            "graph": capturing,
             "stream": on,
-            "MemPool": lambda: None,
-            "use_mem_pool": lambda pool, device: contextlib.nullcontext(),
+            "empty_cache": lambda: None,
+            "synchronize": lambda device: None,
             "graph_pool_handle": driver.number,
             "current_stream": lambda device: default,
             "device_count": lambda: 1,

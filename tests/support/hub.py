@@ -72,6 +72,15 @@ def sounds(count: int, rate_hz: int, longest_s: float) -> list[np.ndarray]:
     return made
 
 
+def media_of(modality: str, count: int) -> list[Any]:
+    """As Python users give them."""
+    if modality == "image":
+        return list(pictures(count))
+    if modality == "text":
+        return [text or "." for text in texts(count)]
+    return [(sound, 16000) for sound in sounds(count, 16000, 2.0)]
+
+
 def agree(ours: Tensor, reference: Tensor, what: str) -> None:
     """Cosine of every row, and the largest error against the reference's largest magnitude."""
     assert ours.shape == reference.shape

@@ -47,10 +47,9 @@ class Window:
         sound = sound[: min(self.samples, max(1, round(self.max_seconds * self.rate_hz)))]
         if self.padding == "repeat" and sound.size < self.samples:
             sound = np.resize(sound, self.samples)
-        elif self.padding == "repeatpad":
-            sound = np.tile(sound, self.samples // sound.size)
+        times = self.samples // sound.size if self.padding == "repeatpad" else 1
         padded = np.zeros(self.samples, np.float32)
-        padded[: sound.size] = sound
+        padded[: times * sound.size].reshape(times, sound.size)[:] = sound
         return {"sound": torch.from_numpy(padded)}
 
 

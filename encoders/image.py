@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -61,11 +62,11 @@ class ResizeCrop:
         if self.resample not in ("bilinear", "bicubic"):
             return self(image)
         image, (width, height) = self._checked(image)
-        x_CHW = _pixels(image)
+        x_CHW = _shared(image)
         if (width, height) != image.size:
             size = (height, width)
             x_CHW = nn.functional.interpolate(x_CHW[None], size, mode=self.resample, antialias=True)[0]
-        return {"pixels": self._centred(x_CHW)}
+        return {"pixels": self._centred(x_CHW[:3])}
 
     def _checked(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
         """The picture in RGB, and the width and height that it is to be resized to."""
@@ -102,6 +103,16 @@ class ResizeCrop:
 def _pixels(image: Image.Image) -> Tensor:
     """uint8 [3, height, width], the channels lying together."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _shared(image: Image.Image) -> Tensor:
+    """As `_pixels`, with a fourth channel that means nothing: Pillow's own bytes, not to be written to. What Pillow
+    copies it copies with Python's lock held: where it is older than 11.2, or has a picture in several blocks."""
+    try:
+        whole = torch.utils.dlpack.from_dlpack(pyarrow.array(image).values)
+    except (AttributeError, TypeError, ValueError, pyarrow.ArrowInvalid):
+        return _pixels(image)
+    return whole.view(image.height, image.width, 4).permute(2, 0, 1)
 
 
 class Normalised(nn.Module):

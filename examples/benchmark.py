@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -73,7 +74,12 @@ class Process:
                 use_huge_pages()
             self._process.start()
         there.close()
-        self.ready: float | str = self._pipe.recv()  # seconds, or why it can't be loaded
+
+    @functools.cached_property
+    def ready(self) -> float | str:
+        """Waits until it is: the seconds that it took, or why it can't be loaded."""
+        answer: float | str = self._pipe.recv()
+        return answer
 
     def run(self) -> tuple[float, Embeddings]:
         """Seconds, and what it embedded."""
@@ -219,17 +225,19 @@ def makers(
     }
 
 
-def start(processes: dict[str, Process], arguments: Arguments, skip: Sequence[str]) -> None:
-    """One after the other, as some take long to compile."""
+def start(processes: dict[str, Process], arguments: Arguments, skip: Sequence[str], *, together: bool) -> None:
+    """One after the other, as some take all cores to compile; or all at once."""
     for name in makers(*arguments):
         if any(word in name for word in skip):
             continue
-        process = Process(name, arguments)
+        processes[name] = Process(name, arguments)
+        if not together:
+            _ = processes[name].ready
+    for name, process in list(processes.items()):
         if isinstance(process.ready, str):
             print(f"{name}: left out, {process.ready}")
             process.close()
-        else:
-            processes[name] = process
+            del processes[name]
 
 
 def script(
@@ -246,7 +254,7 @@ def script(
         made.clip.visual = torch.compile(made.clip.visual, dynamic=False)
         made.minilm = torch.compile(made.minilm, dynamic=False)
         made.clap.audio_model = torch.compile(made.clap.audio_model, dynamic=False)
-        made.embed(made.batches(items[:ROWS]))
+    made.embed(made.batches(items[:ROWS]))  # as mmpipe below: what is slow only once
     return lambda: made.embed(made.workers(items, workers) if workers else made.batches(items))
 
 
@@ -377,6 +385,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="only so many items")
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where the models run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--together", action="store_true", help="load all at once: what is ready after how long is moot"
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="contenders whose name has one of these words")
     parser.add_argument("--output", type=Path, help="all that was measured, as JSON")
     parser.add_argument("--plot", type=Path, help="items a second, as an SVG")
@@ -386,7 +397,9 @@ def main() -> None:
     print(f"{len(items)} items; {where}", flush=True)
     processes: dict[str, Process] = {}
     try:
-        start(processes, (options.models, options.media, items, options.device), options.skip)
+        start(
+            processes, (options.models, options.media, items, options.device), options.skip, together=options.together
+        )
         found = measure(processes, options.rounds)
     finally:
         for process in processes.values():

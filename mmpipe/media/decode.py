@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmpipe.errors import MediaError
@@ -160,15 +159,14 @@ def opened(modality: str, source: Any, limits: Limits) -> Iterator[tuple[BinaryI
         yield BytesIO(source), memoryview(source).nbytes
         return
     try:
-        path = Path(source)
-        status = path.stat()
+        status = os.stat(source)
         if stat.S_ISDIR(status.st_mode):
             raise MediaError(modality, "is_folder", "a folder, not a file")
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise MediaError(modality, "unsupported", "a pipe, socket or device, not a file")
         check(status.st_size)
         # libsndfile reads by descriptor, and a buffer above it would not know where that has moved.
-        file = path.open("rb", buffering=0 if modality == "audio" else -1)
+        file = open(source, "rb", buffering=0 if modality == "audio" else -1)  # noqa: SIM115 - closed below
     except PermissionError:
         raise MediaError(modality, "unreadable", "permission denied") from None
     except (FileNotFoundError, NotADirectoryError):

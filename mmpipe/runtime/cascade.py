@@ -226,7 +226,7 @@ class Stage:
 
     def _move_on(self, rows: Sequence[int]) -> None:
         self.run.moved |= bool(rows)
-        live = [row for row in rows if bool(self.shard.ledger.live_N[row])]
+        live = [row for row in rows if self.shard.ledger.is_live(row)]
         stays = {*live}
         if self.number < len(self.passage.stages) - 1:
             if live:

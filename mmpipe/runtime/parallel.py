@@ -124,6 +124,6 @@ class Parallel(Running):
         super().finish(lane)
         self.answers = {(number, name) for number, name in self.answers if number != lane.number}
         for row in self.rows_of.pop(lane.number):
-            if bool(self.shard.ledger.live_N[row]):
+            if self.shard.ledger.is_live(row):
                 self.shard.answered(1)  # done with, though nothing answered
             self.dismiss(self.shard, row)

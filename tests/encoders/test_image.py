@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmpipe.encoders import EncoderError, load
+from mmpipe.encoders import image as image_encoders
 from mmpipe.encoders.image import ResizeCrop
 
 
@@ -187,6 +188,16 @@ def test_the_fast_resampling_is_a_level_off_and_seldom_more(settings, resample, 
         assert off.max() <= (0 if resample == "lanczos" else 8)  # torch knows no lanczos
     with pytest.raises(EncoderError, match="too elongated"):
         ResizeCrop(224, 224, resample=resample).fast(Image.new("RGB", (1, 10_000)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (70, 33), (900, 600), (2600, 2100)])  # the last is in several blocks
+def test_pillow_s_own_bytes_are_resampled_to_what_a_copy_is(size, monkeypatch):
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    picture, resize = Image.fromarray(noise), ResizeCrop(32, 32)
+    own = resize.fast(picture)["pixels"]
+    monkeypatch.setattr(image_encoders, "_shared", image_encoders._pixels)
+    assert torch.equal(own, resize.fast(picture)["pixels"])
+    assert np.array_equal(np.asarray(picture), noise)
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,12 @@ def test_the_parts_of_a_real_run_add_up(explained, pipeline):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_are_timed_in_the_type_that_runs(weights, tmp_path, monkeypatch, dtype):
     seen = []
-    monkeypatch.setattr(
-        collect, "products_seconds", lambda products, timed, threads: seen.extend(products) or len(products) * 1e-9
-    )
+
+    def timed(products, timed, threads, held):
+        seen.extend(products)
+        return len(products) * 1e-9
+
+    monkeypatch.setattr(collect, "products_seconds", timed)
     with Pipeline.load(shop.config(weights, runtime={"dtype": dtype})) as pipeline:
         collect.explain(pipeline, list(pipeline.find(shop.media(tmp_path / "media", 8)).samples))
         short = [name for name, choice in pipeline.resolved.segments.items() if choice.dtype == "bfloat16"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -297,7 +298,7 @@ def load(
             raise EncoderError(f"tiny:title: max_tokens {words} is not between 1 and {TITLE_WORDS}")
         preprocessing |= {"max_words": words, "pieces": TITLE_PIECES, "buckets": TITLE_BUCKETS}
         return BuiltEncoder(
-            modality=modality, dim=DIM, module=module, prepare=lambda text: prepare_title(text, words),
+            modality=modality, dim=DIM, module=module, prepare=partial(prepare_title, max_words=words),
             example="a title of five words", preprocessing=preprocessing, layers="layers", mask="mask",
             notes=(f"words after the first {words} are not read",),
         )  # fmt: skip
@@ -309,7 +310,7 @@ def load(
         )
     preprocessing |= {"sample_rate_hz": SAMPLE_RATE_HZ, "window_samples": window_samples, "resampler": "soxr HQ"}
     return BuiltEncoder(
-        modality=modality, dim=DIM, module=module, prepare=lambda sound: prepare_note(sound, window_samples),
+        modality=modality, dim=DIM, module=module, prepare=partial(prepare_note, window_samples=window_samples),
         example=(np.zeros(SAMPLE_RATE_HZ, np.float32), SAMPLE_RATE_HZ), preprocessing=preprocessing, layers="layers",
         max_seconds=window_samples / SAMPLE_RATE_HZ, margin_seconds=MARGIN_SECONDS,
         notes=(f"sound after the first {window_samples / SAMPLE_RATE_HZ:.1f} s is not heard",),

@@ -18,6 +18,7 @@ from mmpipe.answers import Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built
 from mmpipe.config import Config
+from mmpipe.decoders import Decoders
 from mmpipe.deliberating import Deliberation
 from mmpipe.feed import Feed
 from mmpipe.recalling import Recalling
@@ -54,6 +55,7 @@ class Engine:
         self.config, self.built, self.limits, self.runners = config, built, limits, runners
         self.deliberation = Deliberation.configured(config, built, limits)
         self.recalling = Recalling(config, built, limits, runners)
+        self._decoders: Decoders | None = None
 
     def run(self, samples: Sequence[Sample], wish: Wish, answered: Answered) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of each row's first look. `answered` is told of progress."""
@@ -75,6 +77,15 @@ class Engine:
         """Give back executors and the cache; they are made again when they are needed."""
         self.runners.close()
         self.recalling.close()
+        if self._decoders is not None:
+            self._decoders.close()
+            self._decoders = None
+
+    def decoders(self, resolved: Resolved) -> Decoders | None:
+        """The processes that decode, where that was resolved; started once."""
+        if resolved.decoding == "processes" and self._decoders is None:
+            self._decoders = Decoders(self.built.preparations, self.limits, resolved.decode_workers)
+        return self._decoders
 
     def _told(self, samples: Sequence[Sample], outcome: Outcome, wish: Wish) -> list[Prediction]:
         """The predictions of a run; samples that it was unsure of are looked at again, where that is asked for."""
@@ -116,10 +127,12 @@ class Engine:
         plan, columns = executor.plan, list(self.built.preparations)
         recall = self.recalling.of(wish.kind, executor) if wish.cached else None
         flying: deque[tuple[Sequence[Sample], Feed]] = deque()
+        resolved = self.runners.resolved()
+        decoders = self.decoders(resolved) if wish.kind == "batch" else None
 
         def shard_of(samples: Sequence[Sample]) -> Shard:
             samples = list(samples)  # a listing makes a sample whenever it is asked for one
-            feed = Feed(samples, self.built.preparations, plan, self.limits, ahead, recall=recall)
+            feed = Feed(samples, self.built.preparations, plan, self.limits, ahead, recall=recall, decoders=decoders)
             flying.append((samples, feed))
             present_NM = torch.tensor(
                 [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
@@ -135,9 +148,11 @@ class Engine:
             if recall is not None:
                 recall.store.flush()
                 outcome.notes += recall.store.notes()
+            if decoders is not None and decoders.note:
+                outcome.notes.append(decoders.note)
             done(samples, outcome)
 
-        resolved, rows = self.runners.resolved(), plan.stage_plans[0].rows
+        rows = plan.stage_plans[0].rows
         alone = wish.kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile
         workers = resolved.decode_workers

@@ -6,17 +6,16 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmpipe.build import Preparation
 from mmpipe.cache import Recall
-from mmpipe.errors import MediaError, MmpipeError
+from mmpipe.decoders import Decoders
+from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import Plan
 from mmpipe.media import Ahead, Content, Limits, content_of, estimate_bytes, is_unchanged
-from mmpipe.media import load as load_medium
+from mmpipe.preparing import prepared
 from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
 from mmpipe.runtime.shard import Found, Known, Same
@@ -36,6 +35,7 @@ class Feed:
 
     With `recall` a medium is looked up before it is decoded, on the same threads: what is known is not decoded.
     Nor is, in a cascade, what another row of the run is decoding; a parallel run does not wait for another's answer.
+    With `decoders` the threads hand files to processes, where there are some.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Feed:
         ahead: Ahead,
         *,
         recall: Recall | None = None,
+        decoders: Decoders | None = None,
     ) -> None:
+        self.decoders = decoders
         self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
         self.recall, self.shares = recall, len(plan.stage_plans[0].stages) == 1
         self.missed: Counter[str] = Counter()  # branch → media that were looked up in vain
@@ -105,11 +107,18 @@ class Feed:
             self.recall.keep(branch, kept, embeddings_KD[places])
 
     def _decode(self, branch: str, row: int, slot: int, media: MediaRows) -> None:
-        source, needs = self.samples[row].media[branch], self.preparations[branch]
-        medium = load_medium(
-            branch, source, limits=self.limits, max_seconds=needs.decoded_seconds, smallest_side=needs.smallest_side
-        )
-        media.fill(slot, self._checked(branch, self._prepared(branch, medium)))
+        source = self.samples[row].media[branch]
+
+        def put(tensors: Mapping[str, Tensor]) -> None:
+            media.fill(slot, self._checked(branch, tensors))
+
+        if self.decoders is not None:
+            seconds = self.decoders.decode(branch, source, put)
+            if seconds is not None:
+                with self._lock:
+                    self.core_seconds += seconds
+                return
+        put(prepared(branch, source, self.preparations[branch], self.limits))
 
     def _found(self, recall: Recall, branch: str, row: int, slot: int, media: MediaRows) -> Found:
         """Look a medium up; else decode it, once for all rows that have it."""
@@ -146,15 +155,6 @@ class Feed:
             return _Claim(row)
         with self._lock:
             return self._claims.setdefault((branch, content.digest), _Claim(row))
-
-    def _prepared(self, branch: str, medium: Any) -> Mapping[str, Tensor]:
-        try:
-            with torch.inference_mode():
-                return self.preparations[branch].prepare(medium)
-        except MmpipeError:
-            raise
-        except Exception as error:  # a user's own code may raise anything; one sample must not end a job
-            raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error
 
     def _checked(self, branch: str, prepared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Every sample's tensors have the shapes that the graph was captured with; else they'd spread to others."""

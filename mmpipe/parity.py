@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mmpipe import media
 from mmpipe.build import Preparation
-from mmpipe.errors import MediaError
+from mmpipe.errors import MmpipeError
 from mmpipe.graphs.backends import Lowered, examples_of
 from mmpipe.graphs.plan import PRESENCE, Plan
+from mmpipe.preparing import prepared
 from mmpipe.types import Sample
 
 ROWS = 4  # real samples compared; the rest of a bucket repeats them
@@ -68,20 +69,10 @@ def real_rows(
             if source is None or count == ROWS:
                 continue
             try:
-                medium = media.load(
-                    branch,
-                    source,
-                    limits=limits,
-                    max_seconds=preparation.decoded_seconds,
-                    smallest_side=preparation.smallest_side,
-                )
-                with torch.inference_mode():
-                    prepared = preparation.prepare(medium)
-            except MediaError:
+                rows = prepared(branch, source, preparation, limits)
+            except MmpipeError:  # the run itself tells of it
                 continue
-            except Exception:  # noqa: BLE001 - a user's own code; the run itself tells of it
-                continue
-            for name, tensor in prepared.items():
+            for name, tensor in rows.items():
                 found.setdefault(f"{branch}.{name}", []).append(tensor)
             count += 1
     return found

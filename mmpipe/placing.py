@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mmpipe import decoders
 from mmpipe.budget import Budget, shown
 from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
@@ -20,7 +21,7 @@ from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import Plan
 from mmpipe.lowering import Lowering
 from mmpipe.resolved import Kind, Resolved
-from mmpipe.runtime.device import Device, device_for
+from mmpipe.runtime.device import Device, available_bytes, device_for
 from mmpipe.runtime.measure import BUCKETS_A_LANE, PASSES
 
 _ROWS = 32  # of a bucket, where memory allows
@@ -33,6 +34,7 @@ _NUMBERS_FOR_THREADS = 5_000_000
 _SHARE = 0.8  # of the memory that is available
 
 _EXACT = "pictures as the model's reference prepares them, to the bit; input.decode: fast comes close in less time"
+_CORES_FOR_PROCESSES, _ROWS_FOR_PROCESSES = 6, 2_000
 _WORTH = 0.05  # the share of a job that measuring before it may take
 
 Measure = Callable[[Resolved], float]  # → seconds: to an answer, or for a bucket
@@ -82,6 +84,9 @@ def resolve(
     available = device.memory_bytes()
     of_that = f"{_SHARE:.0%} of the {shown(available)} that are available"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    computing = (
+        cores if device.kind == "cpu" else 1
+    )  # what the host does beside a GPU is small: threads would only spin
     weights = cost.weight_bytes(list(made.modules.values()))
     reasons |= {"dtype": "float32 unless something lowers", "backend": "eager unless something lowers"}
     base = Resolved(
@@ -95,9 +100,10 @@ def resolve(
         streams="one" if device.kind == "cpu" else "staged",
         lanes=_LANES,
         slots=0,
-        threads=cores,
+        threads=computing,
         decode=config.input.decode,
         decode_workers=cores,
+        decoding=decided("decoding", *_decoding(cores, available_bytes(), rows, single=kind == "call")),
         memory={},
         reasons=reasons,
     )
@@ -123,10 +129,10 @@ def resolve(
     if kind == "call":
         if runtime.batch_size == "auto":
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
-        ways = _for_calls(base, made, runtime.schedule, small, cores)
+        ways = _for_calls(base, made, runtime.schedule, small, computing)
         return _fastest([lowered(way) for way in fitting(ways, shrink=False, batches=False)], measure)
     shrink = runtime.batch_size == "auto"
-    ways = fitting(_for_batches(base, made, runtime.schedule, small, cores), shrink=shrink, batches=True)
+    ways = fitting(_for_batches(base, made, runtime.schedule, small, computing), shrink=shrink, batches=True)
     ways = [lowered(way) for way in ways]  # the first is what the rule says
     if measure is None or not _worth_measuring(ways, rows):
         return ways[0]
@@ -144,7 +150,7 @@ def _for_batches(base: Resolved, made: Cut, schedule: str, small: bool, cores: i
     could be faster."""
     branches, reasons = len(made.plan.branches), dict(base.reasons)
     reasons["lanes"] = "one run is staged while another computes"
-    reasons["threads"] = f"{cores} cores"
+    reasons["threads"] = _threads_why(base, cores)
     if schedule == "parallel":
         return [_side_by_side(replace(base, reasons=reasons | {"schedule": "configured"}), branches, small, cores)]
     reasons["schedule"] = "configured" if schedule == "cascade" else "a cascade computes only what is needed"
@@ -179,7 +185,7 @@ def _for_calls(base: Resolved, made: Cut, schedule: str, small: bool, cores: int
             "schedule": "configured" if schedule == "cascade" else "",
         }
         for threads in (cores, 1) if small and cores > 1 else (cores,):
-            reasons = {**base.reasons, **why, "threads": f"{threads} of {cores} cores"}
+            reasons = {**base.reasons, **why, "threads": _threads_why(base, cores, f"{threads} of ")}
             ways.append(replace(base, streams=streams, threads=threads, reasons=reasons))
     if schedule == "parallel" or (schedule == "auto" and branches > 1):
         reasons = {**base.reasons, "schedule": "configured" if schedule == "parallel" else ""}
@@ -187,11 +193,21 @@ def _for_calls(base: Resolved, made: Cut, schedule: str, small: bool, cores: int
     return ways
 
 
+def _threads_why(base: Resolved, cores: int, which: str = "", after: str = "") -> str:
+    return (
+        f"{which}{cores} cores{after}" if base.device == "cpu" else "a GPU computes: what is left to the host is small"
+    )
+
+
 def _side_by_side(base: Resolved, branches: int, small: bool, cores: int) -> Resolved:
     """The parallel schedule: a stream for each branch, and the cores shared among them."""
     threads = 1 if small else max(1, cores // max(1, branches))
     streams = "one for each branch: the schedule is parallel"
-    reasons = {**base.reasons, "streams": streams, "threads": f"{cores} cores for {branches} branches"}
+    reasons = {
+        **base.reasons,
+        "streams": streams,
+        "threads": _threads_why(base, cores, after=f" for {branches} branches"),
+    }
     return replace(base, schedule="parallel", streams="parallel", threads=threads, reasons=reasons)
 
 
@@ -207,6 +223,23 @@ def _fastest(ways: Sequence[Resolved], measure: Measure | None) -> Resolved:
     for key in ("schedule", "streams", "lanes", "threads"):
         reasons[key] = reasons[key] if reasons[key] == "configured" else told
     return replace(chosen, reasons=reasons, measured=seconds)
+
+
+def _decoding(cores: int, available: int, rows: int, *, single: bool) -> tuple[str, str]:
+    """(what `auto` becomes, why): threads wait for Python's lock from some number on, and processes take seconds to
+    start."""
+    if single:
+        return "threads", "a single call decodes on its own thread"
+    if cores < _CORES_FOR_PROCESSES:
+        return "threads", f"{cores} cores: so few threads seldom wait for Python's lock"
+    if rows < _ROWS_FOR_PROCESSES:
+        return "threads", f"processes take seconds to start: from {_ROWS_FOR_PROCESSES:,} samples of a job on"
+    if not decoders.available():
+        return "threads", "this system has no memory that processes share without a name"
+    needs = cores * decoders.MEMORY_BYTES
+    if needs > available * (1 - _SHARE) / 2:
+        return "threads", f"{cores} processes would take {shown(needs)} beside memory_limit"
+    return "processes", f"{cores} cores, {rows:,} samples: threads would wait for Python's lock"
 
 
 def _cache(plan: Plan, *, single: bool) -> tuple[str, str]:

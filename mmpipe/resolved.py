@@ -38,6 +38,7 @@ class Resolved:
     threads: int  # of each stream that computes
     decode: str  # pictures: exact or fast
     decode_workers: int
+    decoding: str  # on threads, or handed on by them to processes
     memory_limit: int  # bytes
     cache: str
     memory: Mapping[str, int]  # bytes: weights, slots, media, scratch, host, workspaces, decoding

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import shop
 
-from mmpipe import ConfigError, Pipeline
+from mmpipe import ConfigError, Pipeline, placing
 from mmpipe.config import load
 from mmpipe.graphs.plan import from_json, to_json
 from mmpipe.placing import resolve
@@ -179,3 +179,29 @@ def test_the_schedule_changes_no_row(weights, tmp_path):
             samples = list(made.find(media).samples)
             found += [made.predict(samples), made.predict(samples)]
     assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize(
+    ("cores", "available", "rows", "single", "becomes", "why"),
+    [
+        (16, 10**12, 100_000, False, "processes", "100,000 samples"),
+        (16, 10**12, 100_000, True, "threads", "a single call"),
+        (4, 10**12, 100_000, False, "threads", "4 cores"),
+        (16, 10**12, 100, False, "threads", "2,000 samples"),
+        (16, 10**10, 100_000, False, "threads", "would take 6.4 GB"),
+    ],
+)
+def test_processes_decode_long_jobs_on_many_cores_where_there_is_room(cores, available, rows, single, becomes, why):
+    decoding, reason = placing._decoding(cores, available, rows, single=single)
+    assert decoding == becomes
+    assert why in reason
+
+
+def test_beside_a_gpu_the_host_computes_on_one_thread(weights):
+    host = HostDevice()
+    host.kind = "cuda"
+    with Pipeline.load(shop.config(weights, shop.EXITS)) as pipeline:
+        config = configured(weights, device="cuda")
+        ways = [resolve(config, pipeline.runners.cut, host, kind) for kind in ("batch", "call")]
+    assert [way.threads for way in ways] == [1, 1]
+    assert all("a GPU computes" in way.reasons["threads"] for way in ways)

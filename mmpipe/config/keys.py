@@ -200,6 +200,11 @@ class RuntimeConfig(_Keys):
         description="Keep embeddings between runs: what was encoded before is not decoded or encoded again. `auto`: "
         "for batches and folders, not for single calls. `MMPIPE_CACHE` names the folder (`off`: none).",
     )
+    decoding: Literal["auto", "threads", "processes"] = Field(
+        default="auto",
+        description="Where media are decoded. `processes`: for many cores, where threads would wait for Python's lock; "
+        "each takes some 0.4 GB and seconds to start. `auto`: for long jobs on six cores and more.",
+    )
     cache_limit: Size = Field(
         default=10_000_000_000,
         json_schema_extra={"default": "10GB"},

@@ -182,7 +182,7 @@ def _autos(pipeline: Pipeline) -> list[dict[str, Any]]:
     return lines
 
 
-_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache")
+_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache", "decoding")
 
 
 def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -207,6 +207,8 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         found.append(("branches side by side", resolved.reasons["schedule"]))
     if resolved.decode == "exact" and "image" in pipeline.built.preparations:
         found.append(("fast decoding", resolved.reasons["decode"]))
+    if resolved.decoding == "threads":
+        found.append(("decoding in processes", resolved.reasons["decoding"]))
     if resolved.lanes == 1:
         found.append(("a second lane", resolved.reasons["lanes"]))
     if len(plan.exits) == 1:

@@ -1,0 +1,308 @@
+"""Decoding in processes of their own: where many threads decode, they wait for Python's lock more than for a core.
+
+    a thread of media.Ahead ─► Decoder ═ socket ═► its process: opens, decodes, prepares
+                 media slot ◄─ the thread ◄═ memory that both see ═╝
+
+A process takes seconds to start; until it is there, the thread decodes by itself. A process that ends on a medium, in a
+decoder's crash, say, takes that medium's row with it and nothing else. Rows are the same either way, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpipe import media
+from mmpipe.build import Preparation
+from mmpipe.errors import MediaError, MmpipeError
+
+MEMORY_BYTES = 400_000_000  # of one process: Python, torch, a tokeniser
+_LARGEST_BYTES = 64_000_000  # of what prepares one branch, as bytes: what holds a model's weights stays here
+_LOOK_S = 0.05  # between two looks whether a process is there
+_END_S = 5.0  # for a process to be gone after its socket was closed
+_ALIGNED = 64  # bytes
+# No look at the current folder, which may hold a package of the same name.
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import mmpipe.decoders as d; d.serve({}, {})"
+
+Put = Callable[[Mapping[str, Tensor]], None]
+Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]  # name, type, shape, where its bytes begin
+
+
+def available() -> bool:
+    """Whether this system has what is needed: memory without a name that two processes see."""
+    return hasattr(os, "memfd_create") and bool(sys.executable)
+
+
+class Decoders:
+    """`count` processes that decode for threads of this one. `close` them.
+
+    `note`: why some media are decoded here after all; "" where none is.
+    """
+
+    def __init__(self, preparations: Mapping[str, Preparation], limits: media.Limits, count: int) -> None:
+        self.note = ""
+        self._content = self._pickled(preparations, limits)
+        self._lock = threading.Lock()
+        self._looked = 0.0
+        self._coming: list[Decoder] = []
+        self._free: deque[Decoder] = deque()
+        self._all: set[Decoder] = set()
+        self._closed = False
+        for _ in range(count if self._branches else 0):
+            self._start()
+
+    def decode(self, branch: str, source: Any, put: Put) -> float | None:
+        """Hand a medium to a process; `put` gets its tensors, which are gone when it returns. Seconds of a core that
+        it took. None: the caller has to decode it.
+
+        Raises MediaError.
+        """
+        if branch not in self._branches or not _is_path(branch, source):
+            return None
+        decoder = self._next()
+        if decoder is None:
+            return None
+        try:
+            seconds = decoder.decode(branch, source, put)
+        except (EOFError, OSError) as error:
+            return self._again(branch, source, put, decoder, error)
+        except BaseException:
+            self._free.append(decoder)
+            raise
+        self._free.append(decoder)
+        return seconds
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            decoders, self._all = self._all, set()
+            self._free.clear()
+            self._coming.clear()
+        for decoder in decoders:
+            decoder.close()
+        for decoder in decoders:
+            decoder.ended()
+
+    def _again(self, branch: str, source: Any, put: Put, decoder: Decoder, error: BaseException) -> float:
+        """It ended on this medium, or something ended it: one more try, in another process."""
+        why = self._replace(decoder)
+        other = self._next()
+        if other is not None:
+            try:
+                seconds = other.decode(branch, source, put)
+            except (EOFError, OSError):
+                why = self._replace(other)
+            except BaseException:
+                self._free.append(other)
+                raise
+            else:
+                self._free.append(other)
+                return seconds
+        name = f"{Path(os.fsdecode(source.source if isinstance(source, media.View) else source)).name}: "
+        raise MediaError(branch, "corrupt", f"{name}the decoder {why} on it") from error
+
+    def _replace(self, decoder: Decoder) -> str:
+        """Start another in the place of one that has ended; how it did."""
+        why = decoder.ended()
+        with self._lock:
+            self._all.discard(decoder)
+            if not self._closed:
+                self._start()
+        return why
+
+    def _start(self) -> None:
+        decoder = Decoder(self._content)
+        self._all.add(decoder)
+        self._coming.append(decoder)
+
+    def _next(self) -> Decoder | None:
+        if self._coming and time.monotonic() - self._looked >= _LOOK_S:
+            with self._lock:
+                self._look()
+        with contextlib.suppress(IndexError):
+            return self._free.popleft()
+        return None
+
+    def _look(self) -> None:
+        """Which of those that were started are there by now."""
+        self._looked = time.monotonic()
+        for decoder in list(self._coming):
+            answer = decoder.answer()
+            if answer is None:
+                continue
+            self._coming.remove(decoder)
+            if answer:
+                self.note = f"media are decoded by threads: a process could not: {answer}"
+                self._all.discard(decoder)
+                decoder.close()
+            else:
+                self._free.append(decoder)
+
+    def _pickled(self, preparations: Mapping[str, Preparation], limits: media.Limits) -> bytes:
+        found: dict[str, bytes] = {}
+        for branch, preparation in preparations.items():
+            try:
+                content = pickle.dumps(preparation)
+            except Exception as error:  # noqa: BLE001 - a user's own code: whatever it holds that can't be sent
+                self.note = f"{branch} is decoded by threads: its prepare() can't be sent to a process: {error}"
+                continue
+            if len(content) > _LARGEST_BYTES:
+                self.note = f"{branch} is decoded by threads: its prepare() is {len(content) / 1e6:.0f} MB large"
+            else:
+                found[branch] = content
+        self._branches = frozenset(found)
+        return pickle.dumps((found, limits))
+
+
+class Decoder:
+    """One process, and this side of it. One thread at a time. What goes wrong with it is EOFError or OSError."""
+
+    def __init__(self, content: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        self._memory_fd = os.memfd_create("mmpipe-decoder")
+        self._shut = weakref.finalize(self, os.close, self._memory_fd)
+        self._memory: Tensor | None = None
+        with theirs:
+            start = _START.format(theirs.fileno(), self._memory_fd)
+            # one thread each, as the threads of Ahead; and no context on a GPU
+            alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-W", "ignore", "-c", start, json.dumps(sys.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._memory_fd),
+                env={**os.environ, **alone},
+                process_group=0,  # Ctrl-C is this process' matter, which then closes the socket
+            )
+        self._pipe = Connection(ours.detach())
+        with contextlib.suppress(OSError):  # ended already: `answer` says so
+            self._pipe.send_bytes(content)
+
+    def answer(self) -> str | None:
+        """None: not there yet. "": it can begin. Else why it can't."""
+        try:
+            return str(self._pipe.recv()) if self._pipe.poll(0) else None
+        except (EOFError, OSError):
+            return f"it {self.ended()}"
+
+    def decode(self, branch: str, source: Any, put: Put) -> float:
+        self._pipe.send((branch, source))
+        kind, given, size, seconds = self._pipe.recv()
+        if kind == "medium":
+            raise MediaError(*given)
+        if kind == "error":
+            raise MmpipeError(given)
+        put(self._tensors(given, size))
+        return float(seconds)
+
+    def close(self) -> None:
+        """When its socket is closed it ends by itself."""
+        self._pipe.close()
+
+    def ended(self) -> str:
+        """Wait for its end, and end it if it doesn't; how it ended, for people."""
+        self.close()
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._shut()
+        return f"crashed (signal {-code})" if code < 0 else f"ended (code {code})"
+
+    def _tensors(self, layout: Layout, size: int) -> dict[str, Tensor]:
+        if self._memory is None or len(self._memory) < size:
+            self._memory = _shared(self._memory_fd, size)
+        return _views(self._memory, layout)
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def serve(socket_fd: int, memory_fd: int) -> None:
+    """What a decoder's process does: media in, tensors out, until the socket is closed."""
+    from mmpipe.loading import keep_freed_memory
+    from mmpipe.preparing import prepared
+
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed it, or is no more
+        _answer(Connection(socket_fd), _Arena(memory_fd), prepared)
+    os._exit(0)  # nothing is left to do, and what Python would tidy up takes a second
+
+
+def _answer(pipe: Connection, arena: _Arena, prepared: Callable[..., Mapping[str, Tensor]]) -> None:
+    content = pipe.recv_bytes()
+    try:
+        contents, limits = pickle.loads(content)
+        preparations = {branch: pickle.loads(one) for branch, one in contents.items()}
+    except Exception as error:  # noqa: BLE001 - a user's own code, which may not be found here
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send("")
+    while True:
+        branch, source = pipe.recv()
+        began = time.process_time()
+        try:
+            found = prepared(branch, source, preparations[branch], limits)
+            answer: tuple[str, Any, int] = ("row", arena.put(found), arena.size)
+        except MediaError as error:
+            answer = ("medium", (error.modality, error.code, error.text), 0)
+        except Exception as error:  # noqa: BLE001 - the parent raises it
+            answer = ("error", f"{branch}: {type(error).__name__}: {error}", 0)
+        pipe.send((*answer, time.process_time() - began))
+
+
+class _Arena:
+    """The process' side of the memory: grows with what is put into it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self.size = fd, 0
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> Layout:
+        layout, end = [], 0
+        for name, tensor in tensors.items():
+            layout.append((name, tensor.dtype, tuple(tensor.shape), end))
+            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        if end > self.size:
+            os.ftruncate(self._fd, end)
+            self._memory, self.size = _shared(self._fd, end), end
+        for name, view in _views(self._memory, layout).items():
+            view.copy_(tensors[name])
+        return layout
+
+
+def _shared(fd: int, size: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+
+
+def _views(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
+    found = {}
+    for name, dtype, shape, start in layout:
+        size = dtype.itemsize * torch.Size(shape).numel()
+        found[name] = memory[start : start + size].view(dtype).reshape(shape)
+    return found
+
+
+def _is_path(branch: str, source: Any) -> bool:
+    """Whether a source is a file to open: what is in memory is not sent anywhere."""
+    source = source.source if isinstance(source, media.View) else source
+    return isinstance(source, os.PathLike) or (isinstance(source, str) and branch != "text")

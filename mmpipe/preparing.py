@@ -1,0 +1,31 @@
+"""One medium → one row of its encoder's inputs: opened, decoded, prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpipe import media
+from mmpipe.build import Preparation
+from mmpipe.errors import MediaError, MmpipeError
+
+
+def prepared(branch: str, source: Any, preparation: Preparation, limits: media.Limits) -> Mapping[str, Tensor]:
+    """Raises MediaError where the medium can't be used, whatever a user's own `prepare` raises included."""
+    medium = media.load(
+        branch,
+        source,
+        limits=limits,
+        max_seconds=preparation.decoded_seconds,
+        smallest_side=preparation.smallest_side,
+    )
+    try:
+        with torch.inference_mode():
+            return preparation.prepare(medium)
+    except MmpipeError:
+        raise
+    except Exception as error:  # a user's own code may raise anything; one sample must not end a job
+        raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error

@@ -77,7 +77,10 @@ def autotune(
     if unknown := [name for name in backends if name not in BACKENDS]:
         raise InputError(f"no backend {unknown[0]!r}: there are {', '.join(BACKENDS)}")
     if pipeline.resolved.device != "cpu":
-        raise InputError(f"autotune measures on the CPU, and runtime.device is {pipeline.resolved.device}")
+        raise InputError(
+            f"autotune measures on the CPU, and runtime.device is {pipeline.resolved.device}: "
+            "--set runtime.device=cpu measures there"
+        )
     real = real_rows(samples, pipeline.built.preparations, pipeline.limits)
     tried: list[Tried] = []
     best: dict[tuple[str, int, int], Best] = {}

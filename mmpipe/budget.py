@@ -68,8 +68,12 @@ class Budget:
         raise self.config.error(
             "runtime.memory_limit",
             f"{shown(limit)} are not enough: {needed}",
-            "give more, or a smaller runtime.batch_size, or smaller models",
+            f"give more, or a smaller runtime.batch_size, or smaller models{_elsewhere(wanted)}",
         )
+
+
+def _elsewhere(wanted: Resolved) -> str:
+    return "" if wanted.device == "cpu" else ", or runtime.device: cpu"
 
 
 def decoding_bytes(limit: int) -> int:

@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from mmpipe import decoders
 from mmpipe.budget import Budget, shown
 from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
+from mmpipe.config.check import ON_THE_HOST
 from mmpipe.errors import ConfigError
 from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import Plan
 from mmpipe.lowering import Lowering
 from mmpipe.resolved import Kind, Resolved
-from mmpipe.runtime.device import Device, available_bytes, device_for
+from mmpipe.runtime.device import Device, available_bytes, cuda_devices, device_for
 from mmpipe.runtime.measure import BUCKETS_A_LANE, PASSES
 
 _ROWS = 32  # of a bucket, where memory allows
@@ -41,13 +44,36 @@ Measure = Callable[[Resolved], float]  # → seconds: to an answer, or for a buc
 
 
 def device_of(config: Config) -> Device:
-    """The device that the configuration asks for. ConfigError where this machine has none such."""
-    name = "cpu" if config.runtime.device == "auto" else config.runtime.device
+    """The device that the configuration asks for; `auto`: a GPU that PyTorch can use, else the CPU. ConfigError where
+    this machine has none such."""
+    name = config.runtime.device
+    if name == "auto":
+        return _gpu(config) or device_for("cpu")
     try:
         return device_for(name)
     except RuntimeError as error:
         hint = "runtime.device: cpu runs anywhere"
         raise config.error("runtime.device", str(error).splitlines()[0], hint) from error
+
+
+def _gpu(config: Config) -> Device | None:
+    """The GPU, where there is one, it computes, and the backend can use it."""
+    if config.runtime.backend in ON_THE_HOST or not cuda_devices():
+        return None
+    try:
+        device = device_for("cuda")
+        _ = float(device.held(torch.ones(1)) + 1)  # an older GPU than PyTorch was built for is seen, and can do nothing
+    except RuntimeError:
+        return None
+    return device
+
+
+def _why_device(config: Config, device: Device) -> str:
+    if device.kind != "cpu":
+        return "PyTorch sees a GPU that it can use; runtime.device: cpu computes without it"
+    if config.runtime.backend in ON_THE_HOST and cuda_devices():
+        return f"runtime.backend: {config.runtime.backend} computes on the CPU"
+    return "PyTorch sees no GPU that it can use"
 
 
 def resolve(
@@ -90,7 +116,7 @@ def resolve(
     weights = cost.weight_bytes(list(made.modules.values()))
     reasons |= {"dtype": "float32 unless something lowers", "backend": "eager unless something lowers"}
     base = Resolved(
-        device=decided("device", "cpu", "a GPU is used where it is configured: runtime.device: cuda"),
+        device=decided("device", device.kind, _why_device(config, device)),
         dtype="float32",
         backend="eager",
         cache=decided("cache", *_cache(made.plan, single=kind == "call")),

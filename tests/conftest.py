@@ -15,6 +15,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu_by_default(monkeypatch):
+    """What `auto` computes on is the same on every machine; tests of a GPU name it."""
+    from mmpipe import placing
+
+    monkeypatch.setattr(placing, "cuda_devices", lambda: 0)
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """Random weights of the small encoders and of a head over them: what `shop.config` wants."""

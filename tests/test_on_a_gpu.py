@@ -122,10 +122,9 @@ def test_a_folder_job_writes_the_rows_that_the_cpu_writes(tmp_path, schedule):
         ]
         with Pipeline.load("quickstart", overrides=changes) as pipeline:
             pipeline.run_folder(output=out)
-        rows[device] = pyarrow.parquet.read_table(out / "predictions").to_pylist()
-    for one, other in zip(rows["cpu"], rows["cuda"], strict=True):
-        for name in ("id", "status", "label", "answered_by", "used", "skipped", "failed"):
-            assert one[name] == other[name]
+        columns = ["id", "status", "label", "answered_by", "used", "skipped", "failed"]
+        rows[device] = pyarrow.parquet.read_table(out / "predictions", columns=columns).to_pylist()
+    assert rows["cuda"] == rows["cpu"]
 
 
 def test_large_encoders_are_bfloat16_and_pass_the_gate(weights, tmp_path, monkeypatch):

@@ -197,6 +197,27 @@ def test_processes_decode_long_jobs_on_many_cores_where_there_is_room(cores, ava
     assert why in reason
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_auto_is_a_gpu_where_it_computes(weights, monkeypatch, works):
+    class Gpu(HostDevice):
+        kind = "cuda"
+
+        def held(self, tensor):
+            if not works:
+                raise RuntimeError("no kernel image is available for execution on the device")
+            return tensor
+
+    monkeypatch.setattr(placing, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(placing, "device_for", lambda name: Gpu() if name == "cuda" else HostDevice())
+    assert placing.device_of(configured(weights)).kind == ("cuda" if works else "cpu")
+    assert placing.device_of(configured(weights, backend="openvino")).kind == "cpu"
+    assert placing.device_of(configured(weights, device="cpu")).kind == "cpu"
+    with Pipeline.load(shop.config(weights, shop.EXITS, runtime={"device": "cpu"})) as pipeline:
+        made = resolve(configured(weights), pipeline.runners.cut, Gpu())
+    assert (made.device, made.streams) == ("cuda", "staged")
+    assert "a GPU that it can use" in made.reasons["device"]
+
+
 def test_beside_a_gpu_the_host_computes_on_one_thread(weights):
     host = HostDevice()
     host.kind = "cuda"

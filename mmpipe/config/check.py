@@ -22,7 +22,7 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
     "runtime.dtype": ("auto", "float32", "bfloat16"),
 }
-_ON_THE_HOST = ("openvino", "onnx")  # backends that read their inputs in the host's memory
+ON_THE_HOST = ("openvino", "onnx")  # backends that read their inputs in the host's memory
 _ON_A_GPU = ("tensorrt",)
 
 
@@ -316,7 +316,7 @@ def _seen(config: Config, entries: Sequence[ExitEntry]) -> dict[str, float]:
 def _runtime(config: Config) -> Iterator[Problem]:
     """A backend that would be handed memory which it can't read."""
     backend, device = config.runtime.backend, config.runtime.device
-    if device.startswith("cuda") and backend in _ON_THE_HOST:
+    if device.startswith("cuda") and backend in ON_THE_HOST:
         message = f"{backend} computes on the CPU, and runtime.device is {device}"
         yield Problem("runtime.backend", message, "backend: eager or tensorrt; or device: cpu")
     elif not device.startswith("cuda") and backend in _ON_A_GPU:

@@ -175,7 +175,10 @@ class RuntimeConfig(_Keys):
         Text,
         AfterValidator(checked(parse_device)),
         WithJsonSchema({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]+)?)$"}),
-    ] = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    ] = Field(
+        default="auto",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto`: a GPU that PyTorch can use, else the CPU.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Number format of the encoders."
     )

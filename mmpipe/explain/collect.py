@@ -190,8 +190,9 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
     resolved, plan = pipeline.resolved, pipeline.plan
     found: list[tuple[str, str]] = []
     if resolved.device == "cpu":
-        seen = cuda_devices()
-        why = f"runtime.device is cpu; cuda would use one of {seen}" if seen else "PyTorch sees no CUDA device here"
+        why = resolved.reasons["device"]
+        if why == "configured" and (seen := cuda_devices()):
+            why = f"runtime.device is cpu; cuda would use one of {seen}"
         found.append(("CUDA", why))
     found += [("a CUDA graph", note) for note in pipeline.runners.device.notes]
     if not freed_memory_is_kept():

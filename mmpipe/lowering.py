@@ -121,7 +121,7 @@ class Lowering:
         memory: int | None = None,
     ) -> Lowered:
         """Lowered, or kept from before."""
-        target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder(), memory)
+        target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder(), memory, self.device.name)
         # an engine is built from the host's weights, and holds its own
         placed = module if choice.backend == "tensorrt" else self.device.place(module)
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen

@@ -251,9 +251,9 @@ def test_what_python_gives(weights, tmp_path):
 def test_a_file_that_is_written_to_while_it_is_read_is_not_kept(weights, folder, monkeypatch, tmp_path):
     from PIL import Image
 
-    from mmpipe import feed
+    from mmpipe import media
 
-    path, load = tmp_path / "a.png", feed.load_medium
+    path, load = tmp_path / "a.png", media.load
     Image.new("RGB", (30, 30), "red").save(path)
 
     def changing(modality, source, **settings):
@@ -261,9 +261,9 @@ def test_a_file_that_is_written_to_while_it_is_read_is_not_kept(weights, folder,
         return load(modality, source, **settings)
 
     with opened(weights) as pipeline:
-        monkeypatch.setattr(feed, "load_medium", changing)
+        monkeypatch.setattr(media, "load", changing)
         pipeline.run([Sample("a", {"image": path})])
-        monkeypatch.setattr(feed, "load_medium", load)
+        monkeypatch.setattr(media, "load", load)
         Image.new("RGB", (30, 30), "red").save(path)
         _, outcome = pipeline.run([Sample("a", {"image": path})])
         assert not outcome.recalled

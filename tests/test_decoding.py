@@ -87,9 +87,9 @@ def test_a_kept_embedding_is_of_its_own_mode(weights, folder, tmp_path, monkeypa
 
 
 def test_the_parts_of_a_second_look_have_enough_pixels(weights, folder, monkeypatch):
-    from mmpipe import feed
+    from mmpipe import media
 
-    seen, load = [], feed.load_medium
+    seen, load = [], media.load
 
     def noting(modality, source, **settings):
         medium = load(modality, source, **settings)
@@ -97,7 +97,7 @@ def test_the_parts_of_a_second_look_have_enough_pixels(weights, folder, monkeypa
             seen.append((isinstance(source, View), medium.size))
         return medium
 
-    monkeypatch.setattr(feed, "load_medium", noting)
+    monkeypatch.setattr(media, "load", noting)
     head = {"head": "transformer", "checkpoint": str(weights / "head.safetensors")}
     again = {**head, "deliberate": {"below": 1.0, "views": 8}}
     with opened(weights, "fast", fusion=again) as pipeline:
@@ -127,9 +127,9 @@ def test_your_own_encoder_says_what_it_allows(tmp_path, monkeypatch, name, parts
 
 def test_a_long_sound_is_heard_as_if_it_were_decoded_whole(weights, tmp_path, monkeypatch):
     """What follows the window sounds into its end while resampling, and nothing beyond that is decoded."""
-    from mmpipe import feed
+    from mmpipe import media
 
-    path, load, decoded = tmp_path / "long.wav", feed.load_medium, []
+    path, load, decoded = tmp_path / "long.wav", media.load, []
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 30 * 22_050), 22_050)
 
     def whole(modality, source, **settings):
@@ -138,6 +138,6 @@ def test_a_long_sound_is_heard_as_if_it_were_decoded_whole(weights, tmp_path, mo
 
     with opened(weights, "exact", task="embed", fusion={}, labels=None) as pipeline:
         heard = pipeline.embed([{"audio": path}])
-        monkeypatch.setattr(feed, "load_medium", whole)
+        monkeypatch.setattr(media, "load", whole)
         assert np.array_equal(heard, pipeline.embed([{"audio": path}]))
         assert pipeline._built.preparations["audio"].max_seconds < decoded[0] < 4

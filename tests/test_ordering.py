@@ -14,6 +14,8 @@ ALLOWED = {
     ("mmpipe/runtime/executor.py", ".synchronize"): "asks each stream to end, through streams.Stream",
     ("mmpipe/media/ahead.py", "concurrent.futures"): "decoders: files and the host's memory, no device",
     ("mmpipe/media/ahead.py", "threading"): "decoders' turns: how many may take a core",
+    ("mmpipe/decoders.py", "threading"): "a lock: decoding threads share the processes",
+    ("mmpipe/decoders.py", "multiprocessing.connection"): "messages to processes that decode: files, no device",
     ("mmpipe/feed.py", "threading"): "a lock around what decoders count; who has the same medium waits for its decoder",
     ("mmpipe/cache/store.py", "threading"): "a lock: decoders look up at once",
     ("mmpipe/cache/disk.py", "threading"): "a lock: decoders share one connection",

@@ -33,7 +33,7 @@ class Target:
     rows: of the one bucket that it will be called with. dtype: of its matrix products and of what stands between them;
     what goes in and comes out keeps the plan's types. threads: of the thread that will call it. folder: where compiled
     artefacts are kept between runs; None: nowhere. memory: bytes that its values inside may take on each stream, for
-    backends that hold memory of their own; None: as many as they like.
+    backends that hold memory of their own; None: as many as they like. device: what it will run on, by name.
     """
 
     rows: int
@@ -41,6 +41,7 @@ class Target:
     threads: int = 1
     folder: Path | None = None
     memory: int | None = None
+    device: str = "CPU"
 
 
 def lower(

@@ -66,8 +66,13 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
 
 def _key(module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> str:
     """What the code depends on besides the processor, which the compiler itself looks at."""
-    about = [torch.__version__, target.rows, target.threads, [(tuple(e.shape), str(e.dtype)) for e in examples]]
-    about += [torch.cuda.get_device_name(device) for device in {e.device for e in examples} if device.type == "cuda"]
+    about = [
+        torch.__version__,
+        target.device,
+        target.rows,
+        target.threads,
+        [(tuple(e.shape), str(e.dtype)) for e in examples],
+    ]
     return f"inductor-{hashlib.sha256(digest(module) + repr([about, _OPTIONS]).encode()).hexdigest()[:32]}"
 
 

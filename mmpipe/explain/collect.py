@@ -28,7 +28,7 @@ from mmpipe.loading import freed_memory_is_kept
 from mmpipe.machine import versions
 from mmpipe.pipeline import Pipeline
 from mmpipe.resolved import PLAIN
-from mmpipe.runtime.device import cuda_devices
+from mmpipe.runtime.device import cuda_devices, device_name
 from mmpipe.runtime.ledger import Outcome, Span
 from mmpipe.types import Prediction, Sample
 
@@ -97,7 +97,7 @@ def machine(device: str = "cpu") -> str:
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name(device)}, "
+    gpu = "" if device == "cpu" else f"{device_name(device)}, "
     return f"{gpu}{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
 
 
@@ -121,7 +121,7 @@ def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str
         way = pipeline.resolved.segments.get(segment.name, PLAIN)
         as_run = lowered(modules[segment.name], getattr(torch, way.dtype))
         found = cost.products(plan, segment, as_run, rows)
-        alone = products_seconds(found, timed, pipeline.resolved.threads, pipeline.runners.device.held)
+        alone = products_seconds(found, timed, pipeline.resolved.threads, pipeline.runners.device)
         spent, done = sum(s.end - s.start for s in spans), sum(span.rows for span in spans)
         lines.append(
             {

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmpipe.graphs.order import before, members
 from mmpipe.graphs.plan import StagePlan
+from mmpipe.runtime.device import TIMES
 from mmpipe.runtime.streams import Event, Run, Stream
 from mmpipe.runtime.streams import Work as Job
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 
 _HAS_BFLOAT16 = (8, 0)  # compute capability
+_PRODUCT = 2048  # rows and columns
+_CALLS = 10  # that are timed as one graph
 
 
 class CudaEvent:
@@ -132,6 +135,7 @@ class CudaDevice:
             seen = torch.cuda.device_count() or "no"
             raise RuntimeError(f"cuda:{index}: torch {torch.__version__}, {built}, sees {seen} CUDA devices")
         self.device = torch.device("cuda", index)
+        self.name = torch.cuda.get_device_name(index)
         self.notes: list[str] = []
         self._gain: float | None = None
         # the host's → the device's: segments, and plans of other buckets, share them
@@ -165,9 +169,33 @@ class CudaDevice:
         return tensor.to(self.device)
 
     def bfloat16_gain(self) -> float:
+        """Float32 is as it is set up: with TF32 where somebody has allowed it."""
         if self._gain is None:
-            self._gain = bfloat16_gain(self.device)
+            self._gain = 0.0
+            if torch.cuda.get_device_capability(self.device) >= _HAS_BFLOAT16:
+                seconds = []
+                for dtype in (torch.float32, torch.bfloat16):
+                    one, other = (self.held(torch.randn(_PRODUCT, _PRODUCT).to(dtype)) for _ in range(2))
+                    seconds.append(self.seconds(partial(torch.mm, one, other)))
+                self._gain = seconds[0] / seconds[1]
         return self._gain
+
+    def seconds(self, call: Callable[[], Tensor]) -> float:
+        graph, (began, ended) = torch.cuda.CUDAGraph(), (timing(), timing())
+        with torch.inference_mode():
+            call()
+            with capturing(graph, torch.cuda.graph_pool_handle(), self._launch.cuda):
+                for _ in range(_CALLS):
+                    call()
+            taken: list[float] = []
+            for _ in range(TIMES // _CALLS):
+                with torch.cuda.stream(self._launch.cuda):
+                    began.record(self._launch.cuda)
+                    graph.replay()
+                    ended.record(self._launch.cuda)
+                ended.synchronize()
+                taken.append(began.elapsed_time(ended) / 1e3 / _CALLS)
+        return min(taken)
 
     def near(self, numbers: Tensor) -> Tensor:
         return self.allocate(numbers.nbytes).view(numbers.dtype).reshape(numbers.shape)
@@ -342,26 +370,6 @@ def placed(module: fx.GraphModule, device: torch.device, weights: MutableMapping
             (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
         )
     return fx.GraphModule(mine, graph)
-
-
-def bfloat16_gain(device: torch.device) -> float:
-    """See Device.bfloat16_gain. Float32 as it is set up: with TF32 where somebody has allowed it."""
-    if torch.cuda.get_device_capability(device) < _HAS_BFLOAT16:
-        return 0.0
-    seconds: dict[torch.dtype, float] = {}
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            one, other = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-            times: list[float] = []
-            for _ in range(6):
-                began, ended = timing(), timing()
-                began.record()
-                torch.mm(one, other)
-                ended.record()
-                ended.synchronize()
-                times.append(began.elapsed_time(ended))
-            seconds[dtype] = min(times[1:])
-    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def first_cause(error: BaseException) -> str:

@@ -5,7 +5,8 @@ HostDevice is here; `mmpipe.runtime.cuda` has the other. Index tensors hold row 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from mmpipe.runtime.lanes import Work
 
 
+TIMES = 50  # that a call is timed at most
+_TIMING_S = 0.25  # for one call
+
+
 class Graph(Protocol):
     """Most steps of a work in one go. `prologue` names the others, which are submitted before."""
 
@@ -30,9 +35,11 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """Streams, memory and copies of one device. `notes`: what it could not do the fast way, and why."""
+    """Streams, memory and copies of one device. `name`: what it is, for people and for keys of what is compiled for it.
+    `notes`: what it could not do the fast way, and why."""
 
     kind: str
+    name: str
     notes: list[str]
 
     def stream(self, name: str, threads: int) -> Stream: ...
@@ -55,6 +62,9 @@ class Device(Protocol):
     def bfloat16_gain(self) -> float:
         """How many times faster than float32 a large product is in bfloat16; 0: it is none of the device's types."""
 
+    def seconds(self, call: Callable[[], Tensor]) -> float:
+        """How long a call takes, the least of several times; on a GPU without its launch."""
+
     def near(self, numbers: Tensor) -> Tensor:
         """Room on the device for row numbers that the host writes; the same tensor where the host is the device."""
 
@@ -72,6 +82,7 @@ class HostDevice:
     """The CPU."""
 
     kind = "cpu"
+    name = "CPU"
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -97,6 +108,16 @@ class HostDevice:
     def bfloat16_gain(self) -> float:
         return machine.bfloat16_gain()
 
+    def seconds(self, call: Callable[[], Tensor]) -> float:
+        with torch.inference_mode():
+            call()
+            taken: list[float] = []
+            while len(taken) < 3 or (sum(taken) < _TIMING_S and len(taken) < TIMES):
+                began = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - began)
+        return min(taken)
+
     def near(self, numbers: Tensor) -> Tensor:
         return numbers
 
@@ -120,6 +141,11 @@ def device_for(name: str) -> Device:
 
         return CudaDevice(int(index or 0))
     raise RuntimeError(f"unknown device {name!r}: one of cpu, cuda, cuda:N")
+
+
+def device_name(name: str) -> str:
+    """What a device of that name is, without taking it: "NVIDIA H200"."""
+    return HostDevice.name if name == "cpu" else torch.cuda.get_device_name(name)
 
 
 def cuda_devices() -> int:

@@ -12,6 +12,7 @@ from test_cli import mmpipe
 from mmpipe import Pipeline
 from mmpipe.explain import collect, timing
 from mmpipe.graphs.cost import Product
+from mmpipe.runtime.device import HostDevice
 from mmpipe.runtime.ledger import Decoding, Outcome
 
 
@@ -96,7 +97,7 @@ def test_the_parts_of_a_real_run_add_up(explained, pipeline):
 def test_products_are_timed_in_the_type_that_runs(weights, tmp_path, monkeypatch, dtype):
     seen = []
 
-    def timed(products, timed, threads, held):
+    def timed(products, timed, threads, device):
         seen.extend(products)
         return len(products) * 1e-9
 
@@ -123,10 +124,10 @@ def test_every_kind_of_product_can_be_timed(dtype, target, shapes):
     rest = ((4, 4), (0, 0), (1, 1), False, (0, 0), 1) if target is torch.ops.aten.convolution.default else ()
     one, other = (Product(target, shapes, dtype, rest, count) for count in (1, 3))
     timed = {}
-    alone = timing.products_seconds([one], timed, 1)
+    alone = timing.products_seconds([one], timed, 1, HostDevice())
     assert alone == timed[one] > 0
-    assert timing.products_seconds([one, one], timed, 1) == 2 * alone
-    assert timing.products_seconds([other], {other: 1.0}, 1) == 3.0
+    assert timing.products_seconds([one, one], timed, 1, HostDevice()) == 2 * alone
+    assert timing.products_seconds([other], {other: 1.0}, 1, HostDevice()) == 3.0
 
 
 def test_every_fast_path_that_was_not_taken_has_a_reason(explained):

@@ -302,6 +302,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Any:
             "graph_pool_handle": driver.number,
             "current_stream": lambda device: default,
             "device_count": lambda: 1,
+            "get_device_name": lambda index: "a double",
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "empty", owned)

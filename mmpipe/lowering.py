@@ -40,6 +40,7 @@ class Chosen:
     dtype: str
     backend: str
     reasons: Mapping[str, str]
+    more_from: int | None  # rows of a job for which a compiler would be waited for that isn't here; None: no number
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Lowering:
         """`job_rows`: of the job that is about to begin; a compiler is waited for only where that is won back."""
         segments: dict[str, Choice] = {}
         told: list[str] = []
+        waiting: list[int] = []
         for segment in made.plan.segments:
-            choice, why = self._one(made, segment, rows, threads, job_rows)
+            choice, why = self._one(made, segment, rows, threads, job_rows, waiting)
             if choice != PLAIN:
                 segments[segment.name] = choice
             if why and why not in told:
@@ -71,6 +73,7 @@ class Lowering:
             dtype="+".join(sorted(dtypes)) or "float32",
             backend="+".join(sorted(backends)) or "eager",
             reasons={"dtype": dtype_why, "backend": "; ".join(told) or self._why_backend()},
+            more_from=min(waiting, default=None),
         )
 
     def copied_bytes(self, made: Cut) -> int:
@@ -139,7 +142,9 @@ class Lowering:
         """What was lowered of a graph that is no more."""
         self._kept.clear()
 
-    def _one(self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int) -> tuple[Choice, str]:
+    def _one(
+        self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int, waiting: list[int]
+    ) -> tuple[Choice, str]:
         runtime = self.config.runtime
         if segment.branch == HEAD or segment.branch in self.refused:
             return PLAIN, ""
@@ -151,6 +156,7 @@ class Lowering:
             if best is None or runtime.dtype not in ("auto", best.choice.dtype):
                 return self._eager(large), ""
             if not best.pays(job_rows):
+                waiting.append(best.pays_from)
                 return self._eager(large), f"{segment.name} {best.not_yet(job_rows)}"
             try:  # now, so that what is resolved is what runs
                 self._made(made.plan, segment, module, best.choice, rows, threads)

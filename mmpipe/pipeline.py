@@ -44,6 +44,7 @@ from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Answered
 from mmpipe.types import MODALITIES, Prediction, Sample
 
+_NOT_TOLD = ("reasons", "more_from")  # of what every `auto` became, in run.json
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
 
 
@@ -252,7 +253,7 @@ class Pipeline:
             max_failed=self.config.input.max_failed,
             thumbnails=output.thumbnails,
             limits=self._limits,
-            resolved={name: value for name, value in asdict(self.resolved).items() if name != "reasons"},
+            resolved={name: value for name, value in asdict(self.resolved).items() if name not in _NOT_TOLD},
             versions=versions(),
             notes=self.notes,
             build_seconds=self._build_seconds,
@@ -288,6 +289,8 @@ class Pipeline:
         """
         wish = Wish(kind=kind, exits=exits, cached=cached, deliberate=deliberate, embeddings=embeddings)
         with self._lock:
+            if kind == "call":
+                self.runners.called()
             self.runners.prove(kind, samples, self._limits)
             self._still_calibrated()
             return self._engine.run(samples, wish, answered)

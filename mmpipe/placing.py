@@ -105,7 +105,14 @@ def resolve(
             return way
         chosen = lowering.choose(made, way.batch_size, way.threads, rows)
         told = {**way.reasons, **chosen.reasons}
-        return replace(way, segments=chosen.segments, dtype=chosen.dtype, backend=chosen.backend, reasons=told)
+        return replace(
+            way,
+            segments=chosen.segments,
+            dtype=chosen.dtype,
+            backend=chosen.backend,
+            reasons=told,
+            more_from=chosen.more_from,
+        )
 
     available = device.memory_bytes()
     of_that = f"{_SHARE:.0%} of the {shown(available)} that are available"

@@ -44,6 +44,7 @@ class Resolved:
     memory: Mapping[str, int]  # bytes: weights, slots, media, scratch, host, workspaces, decoding
     reasons: Mapping[str, str]
     segments: Mapping[str, Choice] = field(default_factory=dict)  # lowered otherwise than eager float32
+    more_from: int | None = None  # rows from which a compiled backend would be waited for; None: from no number on
     measured: Mapping[str, float] = field(default_factory=dict)  # "parallel" → seconds a bucket, where it was measured
 
 

@@ -50,6 +50,7 @@ class Runners:
         self._plans: dict[Kind, Plan] = {}
         self._executors: dict[Kind, Executor] = {}
         self._began = False  # a batch has run: its plan stays
+        self._calls = 0  # single ones
         self._left: list[float] = []  # samples that each exit has answered so far
 
     @property
@@ -66,10 +67,22 @@ class Runners:
         """What every `auto` became, for this kind of run; decided once. `rows`: of the job that it is decided for."""
         if kind not in self._resolved:
             measure = self._answering if kind == "call" else self._throughput
+            rows = self._calls if kind == "call" else rows
             self._resolved[kind] = resolve(
                 self.config, self.cut, self.device, kind, self.lowering, measure=measure, rows=rows
             )
         return self._resolved[kind]
+
+    def called(self) -> None:
+        """One more single call. They take the way without a compiler until so many have come that waiting for one would
+        have been won back: from then on there may be as many again."""
+        self._calls += 1
+        way = self._resolved.get("call")
+        if way is not None and way.more_from is not None and self._calls >= way.more_from:
+            self._forget_decision("call")
+            if "call" in self._executors:
+                self._executors.pop("call").close()
+            self._proved = False
 
     def settle(self, samples: Sequence[Sample], limits: media.Limits) -> None:
         """Before the first batch: decide for a job of these samples, which may be worth measuring and compiling for,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -36,9 +38,13 @@ class Best:
 
     def pays(self, job_rows: int) -> bool:
         """Whether a job of so many rows wins back what getting ready takes."""
-        if self.choice.backend == "eager":
-            return True
-        return job_rows * (self.plain_row_seconds - self.row_seconds) >= _WON_BACK * self.ready_seconds
+        return self.choice.backend == "eager" or job_rows >= self.pays_from
+
+    @property
+    def pays_from(self) -> int:
+        """Rows that win back what getting ready takes."""
+        saved = self.plain_row_seconds - self.row_seconds
+        return math.ceil(_WON_BACK * self.ready_seconds / saved - 1e-9) if saved > 0 else sys.maxsize
 
     @property
     def told(self) -> str:

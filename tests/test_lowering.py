@@ -11,7 +11,7 @@ from support import compilers, hub, shop
 
 from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity
 from mmpipe.explain import collect
-from mmpipe.graphs import cost
+from mmpipe.graphs import backends, cost
 from mmpipe.graphs.backends import Unlowerable
 from mmpipe.parity import Shift
 from mmpipe.resolved import PLAIN, Choice
@@ -219,6 +219,25 @@ def test_a_compiler_is_waited_for_only_where_that_is_won_back():
     assert best().pays(2000)  # 4 s saved, 2 s waited
     assert best("eager", "bfloat16").pays(0)
     assert "1999 rows would save 4.0 s, and getting ready takes 2.0 s" in best().not_yet(1999)
+
+
+def test_single_calls_wait_for_a_compiler_once_they_would_have_won_it_back(weights, monkeypatch):
+    made = []
+
+    def lowering_of(self, plan, segment, module, choice, *rest):
+        made.append(choice)
+        return backends.lower("eager", segment, module, backends.Target(1))
+
+    monkeypatch.setattr(lowering.Lowering, "_made", lowering_of)
+    monkeypatch.setattr(Tuned, "best", lambda self, module, rows, threads: best(row=0.1, plain=0.6, ready=1.0))
+    with Pipeline.load(shop.config(weights)) as pipeline:
+        for number in range(1, 7):
+            pipeline(text="red oak desk")
+            way = pipeline.runners.resolved("call")
+            assert set(way.segments) == (set() if number < 4 else {"image@0", "text@0", "audio@0"}), number
+            assert way.more_from == (4 if number < 4 else None)
+        assert pipeline.runners.shift.ok  # through the gate, once more
+        assert pipeline.runners.resolved("call").backend == "inductor"
 
 
 @pytest.fixture

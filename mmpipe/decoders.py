@@ -22,6 +22,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,16 @@ from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
 
 MEMORY_BYTES = 400_000_000  # of one process: Python, torch, a tokeniser
+_KEPT_BYTES = 64_000_000  # of what a process has freed that stays with it
 _LARGEST_BYTES = 64_000_000  # of what prepares one branch, as bytes: what holds a model's weights stays here
 _LOOK_S = 0.05  # between two looks whether a process is there
 _END_S = 5.0  # for a process to be gone after its socket was closed
 _ALIGNED = 64  # bytes
 # No look at the current folder, which may hold a package of the same name.
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import mmpipe.decoders as d; d.serve({}, {})"
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import mmpipe.decoders as d; d.serve({}, {}, {})"
 
 Put = Callable[[Mapping[str, Tensor]], None]
+Spent = Callable[[float], None]  # seconds of a core
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...], int]]  # name, type, shape, where its bytes begin
 
 
@@ -58,36 +61,41 @@ class Decoders:
 
     def __init__(self, preparations: Mapping[str, Preparation], limits: media.Limits, count: int) -> None:
         self.note = ""
-        self._content = self._pickled(preparations, limits)
         self._lock = threading.Lock()
         self._looked = 0.0
         self._coming: list[Decoder] = []
         self._free: deque[Decoder] = deque()
         self._all: set[Decoder] = set()
         self._closed = False
+        self._branches, content = self._pickled(preparations, limits)
+        self._content_fd = os.memfd_create("mmpipe-preparations")
+        self._shut = weakref.finalize(self, os.close, self._content_fd)
+        with os.fdopen(os.dup(self._content_fd), "wb") as file:
+            file.write(content)
         for _ in range(count if self._branches else 0):
             self._start()
 
-    def decode(self, branch: str, source: Any, put: Put) -> float | None:
-        """Hand a medium to a process; `put` gets its tensors, which are gone when it returns. Seconds of a core that
-        it took. None: the caller has to decode it.
+    def decode(self, branch: str, source: Any, put: Put, spent: Spent = lambda seconds: None) -> bool:
+        """Hand a medium to a process; `put` gets its tensors, which are gone when it returns. False: the caller has to
+        decode it.
 
         Raises MediaError.
         """
-        if branch not in self._branches or not _is_path(branch, source):
-            return None
-        decoder = self._next()
+        if branch not in self._branches:
+            return False
+        plain = _sent(branch, source)
+        decoder = None if plain is None else self._next()
         if decoder is None:
-            return None
-        try:
-            seconds = decoder.decode(branch, source, put)
-        except (EOFError, OSError) as error:
-            return self._again(branch, source, put, decoder, error)
-        except BaseException:
-            self._free.append(decoder)
-            raise
-        self._free.append(decoder)
-        return seconds
+            return False
+        why = self._asked(decoder, branch, plain, put, spent)
+        if why:  # it ended on this medium, or something ended it: once more
+            decoder = self._wait()
+            if decoder is None:
+                return False
+            why = self._asked(decoder, branch, plain, put, spent)
+        if why:
+            raise MediaError(branch, "corrupt", f"{media.label(branch, source)}the decoder {why} on it")
+        return True
 
     def close(self) -> None:
         with self._lock:
@@ -99,38 +107,38 @@ class Decoders:
             decoder.close()
         for decoder in decoders:
             decoder.ended()
+        self._shut()
 
-    def _again(self, branch: str, source: Any, put: Put, decoder: Decoder, error: BaseException) -> float:
-        """It ended on this medium, or something ended it: one more try, in another process."""
-        why = self._replace(decoder)
-        other = self._next()
-        if other is not None:
-            try:
-                seconds = other.decode(branch, source, put)
-            except (EOFError, OSError):
-                why = self._replace(other)
-            except BaseException:
-                self._free.append(other)
-                raise
-            else:
-                self._free.append(other)
-                return seconds
-        name = f"{Path(os.fsdecode(source.source if isinstance(source, media.View) else source)).name}: "
-        raise MediaError(branch, "corrupt", f"{name}the decoder {why} on it") from error
-
-    def _replace(self, decoder: Decoder) -> str:
-        """Start another in the place of one that has ended; how it did."""
-        why = decoder.ended()
-        with self._lock:
-            self._all.discard(decoder)
-            if not self._closed:
-                self._start()
-        return why
+    def _asked(self, decoder: Decoder, branch: str, source: Any, put: Put, spent: Spent) -> str:
+        """How the process ended, where it did."""
+        try:
+            decoder.decode(branch, source, put, spent)
+        except (EOFError, OSError):
+            why = decoder.ended()
+            with self._lock:
+                self._all.discard(decoder)
+            self._start()
+            return why
+        except BaseException:
+            self._free.append(decoder)
+            raise
+        self._free.append(decoder)
+        return ""
 
     def _start(self) -> None:
-        decoder = Decoder(self._content)
-        self._all.add(decoder)
-        self._coming.append(decoder)
+        if self._closed:
+            return
+        try:
+            decoder = Decoder(self._content_fd)
+        except OSError as error:
+            self.note = f"media are decoded by threads: a process can't be started: {error}"
+            return
+        with self._lock:
+            if self._closed:  # meanwhile
+                decoder.close()
+                return
+            self._all.add(decoder)
+            self._coming.append(decoder)
 
     def _next(self) -> Decoder | None:
         if self._coming and time.monotonic() - self._looked >= _LOOK_S:
@@ -140,22 +148,33 @@ class Decoders:
             return self._free.popleft()
         return None
 
+    def _wait(self) -> Decoder | None:
+        """One that is free, or will be; None: there is none any more."""
+        while self._all and not self._closed:
+            decoder = self._next()
+            if decoder is not None:
+                return decoder
+            time.sleep(_LOOK_S)
+        return None
+
     def _look(self) -> None:
-        """Which of those that were started are there by now."""
+        """Which of those that were started are there by now, and what they can't prepare."""
         self._looked = time.monotonic()
         for decoder in list(self._coming):
             answer = decoder.answer()
             if answer is None:
                 continue
             self._coming.remove(decoder)
-            if answer:
-                self.note = f"media are decoded by threads: a process could not: {answer}"
+            for branch, why in answer.items():
+                self.note = f"{branch or 'media'}: decoded by threads: a process could not: {why}"
+            self._branches -= answer.keys()
+            if "" in answer or not self._branches:
                 self._all.discard(decoder)
                 decoder.close()
             else:
                 self._free.append(decoder)
 
-    def _pickled(self, preparations: Mapping[str, Preparation], limits: media.Limits) -> bytes:
+    def _pickled(self, preparations: Mapping[str, Preparation], limits: media.Limits) -> tuple[frozenset[str], bytes]:
         found: dict[str, bytes] = {}
         for branch, preparation in preparations.items():
             try:
@@ -167,50 +186,52 @@ class Decoders:
                 self.note = f"{branch} is decoded by threads: its prepare() is {len(content) / 1e6:.0f} MB large"
             else:
                 found[branch] = content
-        self._branches = frozenset(found)
-        return pickle.dumps((found, limits))
+        return frozenset(found), pickle.dumps((found, limits))
 
 
 class Decoder:
-    """One process, and this side of it. One thread at a time. What goes wrong with it is EOFError or OSError."""
+    """One process, and this side of it. One thread at a time. What goes wrong with it is EOFError or OSError.
 
-    def __init__(self, content: bytes) -> None:
+    `content_fd`: a file that says what it prepares. Raises OSError where it can't be started.
+    """
+
+    def __init__(self, content_fd: int) -> None:
         ours, theirs = socket.socketpair()
         self._memory_fd = os.memfd_create("mmpipe-decoder")
         self._shut = weakref.finalize(self, os.close, self._memory_fd)
         self._memory: Tensor | None = None
         with theirs:
-            start = _START.format(theirs.fileno(), self._memory_fd)
+            fds = theirs.fileno(), self._memory_fd, content_fd
             # one thread each, as the threads of Ahead; and no context on a GPU
             alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            folders = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-c", start, json.dumps(sys.path)],
+                [sys.executable, "-P", "-W", "ignore", "-c", _START.format(*fds), folders],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._memory_fd),
+                pass_fds=fds,
                 env={**os.environ, **alone},
                 process_group=0,  # Ctrl-C is this process' matter, which then closes the socket
             )
         self._pipe = Connection(ours.detach())
-        with contextlib.suppress(OSError):  # ended already: `answer` says so
-            self._pipe.send_bytes(content)
 
-    def answer(self) -> str | None:
-        """None: not there yet. "": it can begin. Else why it can't."""
+    def answer(self) -> Mapping[str, str] | None:
+        """None: not there yet. Else it can begin, but for these branches, and why; for "": not at all."""
         try:
-            return str(self._pipe.recv()) if self._pipe.poll(0) else None
+            found: Mapping[str, str] | None = self._pipe.recv() if self._pipe.poll(0) else None
+            return found
         except (EOFError, OSError):
-            return f"it {self.ended()}"
+            return {"": f"it {self.ended()}"}
 
-    def decode(self, branch: str, source: Any, put: Put) -> float:
+    def decode(self, branch: str, source: Any, put: Put, spent: Spent) -> None:
         self._pipe.send((branch, source))
         kind, given, size, seconds = self._pipe.recv()
+        spent(float(seconds))
         if kind == "medium":
             raise MediaError(*given)
         if kind == "error":
             raise MmpipeError(given)
         put(self._tensors(given, size))
-        return float(seconds)
 
     def close(self) -> None:
         """When its socket is closed it ends by itself."""
@@ -236,27 +257,29 @@ class Decoder:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def serve(socket_fd: int, memory_fd: int) -> None:
+def serve(socket_fd: int, memory_fd: int, content_fd: int) -> None:
     """What a decoder's process does: media in, tensors out, until the socket is closed."""
     from mmpipe.loading import keep_freed_memory
-    from mmpipe.preparing import prepared
 
-    keep_freed_memory()
+    keep_freed_memory(_KEPT_BYTES)
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):  # the parent has closed it, or is no more
-        _answer(Connection(socket_fd), _Arena(memory_fd), prepared)
+        content = os.pread(content_fd, os.fstat(content_fd).st_size, 0)  # others read it too: it has one position
+        _answer(Connection(socket_fd), _Arena(memory_fd), content)
     os._exit(0)  # nothing is left to do, and what Python would tidy up takes a second
 
 
-def _answer(pipe: Connection, arena: _Arena, prepared: Callable[..., Mapping[str, Tensor]]) -> None:
-    content = pipe.recv_bytes()
-    try:
-        contents, limits = pickle.loads(content)
-        preparations = {branch: pickle.loads(one) for branch, one in contents.items()}
-    except Exception as error:  # noqa: BLE001 - a user's own code, which may not be found here
-        pipe.send(f"{type(error).__name__}: {error}")
-        return
-    pipe.send("")
+def _answer(pipe: Connection, arena: _Arena, content: bytes) -> None:
+    from mmpipe.preparing import prepared
+
+    contents, limits = pickle.loads(content)
+    preparations, missing = {}, {}
+    for branch, one in contents.items():
+        try:
+            preparations[branch] = pickle.loads(one)
+        except Exception as error:  # noqa: BLE001 - a user's own code, which may not be found here
+            missing[branch] = f"{type(error).__name__}: {error}"
+    pipe.send(missing)
     while True:
         branch, source = pipe.recv()
         began = time.process_time()
@@ -302,7 +325,15 @@ def _views(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-def _is_path(branch: str, source: Any) -> bool:
-    """Whether a source is a file to open: what is in memory is not sent anywhere."""
-    source = source.source if isinstance(source, media.View) else source
-    return isinstance(source, os.PathLike) or (isinstance(source, str) and branch != "text")
+def _sent(branch: str, source: Any) -> Any:
+    """A file to open, as it is sent: wherever the process is, whatever kind of path it is. None: no file; what is in
+    memory is not sent anywhere."""
+    if isinstance(source, media.View):
+        inner = _sent(branch, source.source)
+        return None if inner is None else replace(source, source=inner)
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and branch != "text"):
+        try:
+            return Path(os.path.abspath(os.fsdecode(source)))
+        except (TypeError, ValueError, OSError):
+            return None
+    return None

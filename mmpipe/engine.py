@@ -18,7 +18,7 @@ from mmpipe.answers import Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built
 from mmpipe.config import Config
-from mmpipe.decoders import Decoders
+from mmpipe.decoders import Decoders, available
 from mmpipe.deliberating import Deliberation
 from mmpipe.feed import Feed
 from mmpipe.recalling import Recalling
@@ -83,7 +83,7 @@ class Engine:
 
     def decoders(self, resolved: Resolved) -> Decoders | None:
         """The processes that decode, where that was resolved; started once."""
-        if resolved.decoding == "processes" and self._decoders is None:
+        if resolved.decoding == "processes" and self._decoders is None and available():
             self._decoders = Decoders(self.built.preparations, self.limits, resolved.decode_workers)
         return self._decoders
 

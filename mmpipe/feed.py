@@ -112,13 +112,13 @@ class Feed:
         def put(tensors: Mapping[str, Tensor]) -> None:
             media.fill(slot, self._checked(branch, tensors))
 
-        if self.decoders is not None:
-            seconds = self.decoders.decode(branch, source, put)
-            if seconds is not None:
-                with self._lock:
-                    self.core_seconds += seconds
-                return
+        if self.decoders is not None and self.decoders.decode(branch, source, put, self._spent):
+            return
         put(prepared(branch, source, self.preparations[branch], self.limits))
+
+    def _spent(self, seconds: float) -> None:
+        with self._lock:
+            self.core_seconds += seconds
 
     def _found(self, recall: Recall, branch: str, row: int, slot: int, media: MediaRows) -> Found:
         """Look a medium up; else decode it, once for all rows that have it."""

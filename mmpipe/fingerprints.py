@@ -26,6 +26,7 @@ from mmpipe.graphs.plan import Plan
 from mmpipe.machine import processor, versions
 from mmpipe.media import Limits
 from mmpipe.resolved import PLAIN, Resolved
+from mmpipe.runtime.device import device_name
 from mmpipe.types import Sample
 
 
@@ -48,7 +49,7 @@ def fingerprints(
     model = model_fingerprint(built, plan)
     numerics = _hash(
         model,
-        [resolved.device, resolved.batch_size, resolved.threads],
+        [_device(resolved), resolved.batch_size, resolved.threads],
         {name: asdict(choice) for name, choice in resolved.segments.items()},
         versions(),
         processor(),
@@ -80,7 +81,7 @@ def forms(
         digest = _hash(
             [digest_of(modules[segment.name]).hex(), value.shape, str(value.dtype)],
             [preparation.settings, preparation.decoded_seconds, asdict(limits)],
-            [resolved.device, resolved.batch_size, resolved.threads],
+            [_device(resolved), resolved.batch_size, resolved.threads],
             asdict(resolved.segments.get(segment.name, PLAIN)),
             [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
             versions(),
@@ -88,6 +89,11 @@ def forms(
         )
         found[branch] = Form(digest.encode(), value.shape, value.dtype)
     return found
+
+
+def _device(resolved: Resolved) -> str:
+    """ "cpu", whose kind is told elsewhere; a GPU by its kind, whatever its number."""
+    return "cpu" if resolved.device == "cpu" else device_name(resolved.device)
 
 
 def _hash(*parts: Any) -> str:

@@ -42,7 +42,7 @@ _KEPT_BYTES = 2_000_000_000  # freed memory that stays with the process
 _KEEPS: list[bool] = []
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(size_bytes: int = _KEPT_BYTES) -> bool:
     """Tell glibc to keep what is freed instead of giving large blocks back and faulting them in again at every bucket.
 
     It is the whole process's matter, so that only the command line does it, which owns its process: a third of the
@@ -51,7 +51,7 @@ def keep_freed_memory() -> bool:
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3  # glibc's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        if all(libc.mallopt(option, _KEPT_BYTES) == 1 for option in (trim_threshold, mmap_threshold)):
+        if all(libc.mallopt(option, size_bytes) == 1 for option in (trim_threshold, mmap_threshold)):
             _KEEPS.append(True)
     return freed_memory_is_kept()
 

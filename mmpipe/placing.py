@@ -263,12 +263,12 @@ def _decoding(cores: int, available: int, rows: int, *, single: bool) -> tuple[s
     start."""
     if single:
         return "threads", "a single call decodes on its own thread"
+    if not decoders.available():
+        return "threads", "this system has no memory that processes share without a name"
     if cores < _CORES_FOR_PROCESSES:
         return "threads", f"{cores} cores: so few threads seldom wait for Python's lock"
     if rows < _ROWS_FOR_PROCESSES:
         return "threads", f"processes take seconds to start: from {_ROWS_FOR_PROCESSES:,} samples of a job on"
-    if not decoders.available():
-        return "threads", "this system has no memory that processes share without a name"
     needs = cores * decoders.MEMORY_BYTES
     if needs > available * (1 - _SHARE) / 2:
         return "threads", f"{cores} processes would take {shown(needs)} beside memory_limit"

@@ -51,6 +51,9 @@ class Runners:
         self._executors: dict[Kind, Executor] = {}
         self._began = False  # a batch has run: its plan stays
         self._calls = 0  # single ones
+        self._rows: dict[Kind, int] = {}  # of the job that each kind was decided for
+        self._changing = built.calibration is None  # its exits hold for the backends that they were made with
+        self._unproved_call = False  # single calls have another backend since
         self._left: list[float] = []  # samples that each exit has answered so far
 
     @property
@@ -67,9 +70,9 @@ class Runners:
         """What every `auto` became, for this kind of run; decided once. `rows`: of the job that it is decided for."""
         if kind not in self._resolved:
             measure = self._answering if kind == "call" else self._throughput
-            rows = self._calls if kind == "call" else rows
+            self._rows[kind] = rows or self._rows.get(kind, 0)  # decided anew, it is for the same job
             self._resolved[kind] = resolve(
-                self.config, self.cut, self.device, kind, self.lowering, measure=measure, rows=rows
+                self.config, self.cut, self.device, kind, self.lowering, measure=measure, rows=self._rows[kind]
             )
         return self._resolved[kind]
 
@@ -78,11 +81,16 @@ class Runners:
         have been won back: from then on there may be as many again."""
         self._calls += 1
         way = self._resolved.get("call")
-        if way is not None and way.more_from is not None and self._calls >= way.more_from:
-            self._forget_decision("call")
-            if "call" in self._executors:
-                self._executors.pop("call").close()
-            self._proved = False
+        if not self._changing or way is None or way.more_from is None or self._calls < way.more_from:
+            return
+        self._rows["call"] = self._calls
+        self._forget_call()
+        self._unproved_call = True
+
+    def _forget_call(self) -> None:
+        self._forget_decision("call")
+        if "call" in self._executors:
+            self._executors.pop("call").close()
 
     def settle(self, samples: Sequence[Sample], limits: media.Limits) -> None:
         """Before the first batch: decide for a job of these samples, which may be worth measuring and compiling for,
@@ -96,6 +104,9 @@ class Runners:
     def prove(self, kind: Kind, samples: Sequence[Sample], limits: media.Limits) -> None:
         """Let what is lowered otherwise than eager float32 through the parity gate, on the first samples that come. An
         encoder that fails is decided on again, without."""
+        if kind == "call" and self._unproved_call and samples:
+            self._prove_call(samples, limits)
+            return
         if self._proved or not samples:
             return
         self._proved = True
@@ -108,6 +119,13 @@ class Runners:
             for one in ("batch", "call"):
                 self._forget_decision(one)
             self.forget_executors()
+
+    def _prove_call(self, samples: Sequence[Sample], limits: media.Limits) -> None:
+        """The backend that single calls have changed to; where it fails they stay as they were, and batches too."""
+        self._unproved_call = False
+        if not self._shift("call", real_rows(samples, self.built.preparations, limits)).ok:
+            self._changing, self._rows["call"] = False, 0
+            self._forget_call()
 
     def _lowered_segments(self, kind: Kind) -> list[Segment]:
         return [self.cut.plan.segment(name) for name in self.resolved(kind).segments]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ from mmpipe.media import Limits, View
 pytestmark = pytest.mark.skipif(not available(), reason="no memory that processes share without a name here")
 
 ODD = """
-import os, signal
+import os, signal, time
 import torch
 
 def prepare(text):
@@ -33,6 +34,8 @@ def prepare(text):
     if text.startswith("once") and not os.path.exists(text.split()[1]):
         open(text.split()[1], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
+    if text.startswith("slow"):
+        time.sleep(2)
     if text.startswith("raise"):
         raise ValueError("this text is odd")
     return {"ids": torch.full((len(text), 3), os.getpid()), "flag": torch.tensor([True])}
@@ -63,10 +66,11 @@ def odd(tmp_path, monkeypatch):
         def put(tensors):
             found.append({name: tensor.clone() for name, tensor in tensors.items()})
 
-        until(lambda: decoders.decode("text", source or path, put) is not None)
+        until(lambda: decoders.decode("text", source or path, put, spent.append))
         return found[0]
 
-    ask.decoders = decoders
+    spent = []
+    ask.decoders, ask.spent = decoders, spent
     yield ask
     decoders.close()
     sys.modules.pop("odd_prepare", None)
@@ -90,6 +94,7 @@ def test_what_is_wrong_with_a_medium_is_said_as_threads_say_it(odd, tmp_path):
         odd("", tmp_path / "nowhere.txt")
     assert (caught.value.code, caught.value.text) == ("not_found", "nowhere.txt: no such file")
     assert odd("after")["ids"].shape == (5, 3)
+    assert len(odd.spent) == 3  # what fails takes its time too
 
 
 def test_a_file_that_crashes_its_decoder_costs_its_own_row(odd):
@@ -107,10 +112,62 @@ def test_a_process_that_somebody_kills_costs_nothing(odd, tmp_path):
     assert odd(f"once {tmp_path / 'seen'}")["flag"].tolist() == [True]
 
 
+def test_the_second_try_waits_for_a_process_that_is_free(odd, tmp_path):
+    odd("both")
+    until(lambda: odd("there") is not None and len(odd.decoders._free) == 2)
+    (tmp_path / "slow.txt").write_text("slow")
+    busy = threading.Thread(target=odd.decoders.decode, args=("text", tmp_path / "slow.txt", lambda tensors: None))
+    busy.start()
+    until(lambda: len(odd.decoders._free) == 1)
+    (idle,) = odd.decoders._free
+    idle._process.kill()
+    idle._process.wait()
+    assert odd("good")["ids"].shape == (4, 3)
+    busy.join()
+
+
+def test_any_kind_of_path_is_sent_wherever_the_program_has_gone_since(odd, tmp_path, monkeypatch):
+    odd("begin")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/a.txt").write_text("abc")
+    monkeypatch.chdir(tmp_path / "there")
+    assert odd("", Path("a.txt"))["ids"].shape == (3, 3)
+    (entry,) = os.scandir(".")
+    assert odd("", entry)["ids"].shape == (3, 3)
+
+
+def test_a_name_that_is_no_text_is_told_of_in_text(odd, tmp_path):
+    odd("begin")
+    name = os.fsdecode(b"a\xff.txt")
+    (tmp_path / name).write_text("crash")
+    with pytest.raises(MediaError) as caught:
+        odd("", tmp_path / name)
+    assert caught.value.text.encode() == b"a\\xff.txt: the decoder crashed (signal 11) on it"
+
+
+def test_a_branch_that_is_not_found_there_is_decoded_here_and_the_others_there(tmp_path, monkeypatch):
+    (tmp_path / "lost_prepare.py").write_text("def prepare(medium):\n    return {}\n")
+    (tmp_path / "odd_prepare.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import lost_prepare
+    import odd_prepare
+
+    (tmp_path / "lost_prepare.py").unlink()
+    ways = {"text": odd_prepare.prepare, "image": lost_prepare.prepare}
+    made = Decoders({name: Preparation(name, 1, way, None, {}, ()) for name, way in ways.items()}, Limits(), 1)
+    (tmp_path / "it.txt").write_text("it")
+    until(lambda: made.decode("text", tmp_path / "it.txt", lambda tensors: None))
+    assert not made.decode("image", tmp_path / "it.png", print)
+    assert "image: decoded by threads: a process could not: ModuleNotFoundError" in made.note
+    made.close()
+    for name in ("lost_prepare", "odd_prepare"):
+        sys.modules.pop(name)
+
+
 def test_what_is_in_memory_is_not_sent_and_a_part_of_a_file_is(odd, tmp_path):
     odd("begin")
-    assert odd.decoders.decode("text", "a text, not a path", print) is None
-    assert odd.decoders.decode("image", tmp_path / "a.png", print) is None  # nobody prepares it there
+    assert not odd.decoders.decode("text", "a text, not a path", print)
+    assert not odd.decoders.decode("image", tmp_path / "a.png", print)  # nobody prepares it there
     (tmp_path / "it.txt").write_text("whole text")
     assert odd("whole text", View(tmp_path / "it.txt", start=6))["ids"].shape == (4, 3)
 
@@ -119,7 +176,7 @@ def test_a_prepare_that_can_t_be_sent_or_found_is_told_of_and_threads_go_on(tmp_
     local = Decoders({"text": Preparation("text", 1, lambda text: {}, None, {}, ())}, Limits(), 1)
     assert "can't be sent to a process" in local.note
     assert local._all == set()
-    assert local.decode("text", tmp_path / "it.txt", print) is None
+    assert not local.decode("text", tmp_path / "it.txt", print)
     local.close()
 
 
@@ -128,7 +185,7 @@ def test_closing_ends_the_processes_even_while_they_start():
     started = [decoder._process for decoder in decoders._all]
     decoders.close()
     assert all(process.returncode is not None for process in started)
-    assert decoders.decode("text", "a", print) is None
+    assert not decoders.decode("text", "a", print)
 
 
 def test_the_processes_of_a_killed_program_end(tmp_path):
@@ -195,7 +252,7 @@ def test_many_threads_share_them(odd, tmp_path):
         path.write_text("x" * (number + 1))
         for _ in range(50):
             seen = []
-            if odd.decoders.decode("text", path, lambda tensors, seen=seen: seen.append(len(tensors["ids"]))) is None:
+            if not odd.decoders.decode("text", path, lambda tensors, seen=seen: seen.append(len(tensors["ids"]))):
                 own.append(number)
             elif seen != [number + 1]:
                 wrong.append((number, seen))

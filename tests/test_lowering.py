@@ -236,8 +236,25 @@ def test_single_calls_wait_for_a_compiler_once_they_would_have_won_it_back(weigh
             way = pipeline.runners.resolved("call")
             assert set(way.segments) == (set() if number < 4 else {"image@0", "text@0", "audio@0"}), number
             assert way.more_from == (4 if number < 4 else None)
-        assert pipeline.runners.shift.ok  # through the gate, once more
+        assert not pipeline.runners._unproved_call  # it went through the gate
         assert pipeline.runners.resolved("call").backend == "inductor"
+
+
+def test_calls_stay_as_they_were_where_the_other_backend_is_not_at_parity(weights, monkeypatch):
+    def lowering_of(self, plan, segment, module, choice, *rest):
+        run = backends.lower("eager", segment, module, backends.Target(1))
+        return run if choice.backend == "eager" else lambda *tensors: tuple(-result for result in run(*tensors))
+
+    monkeypatch.setattr(lowering.Lowering, "_made", lowering_of)
+    monkeypatch.setattr(Tuned, "best", lambda self, module, rows, threads: best(row=0.1, plain=0.6, ready=1.0))
+    with Pipeline.load(shop.config(weights)) as pipeline:
+        wanted = pipeline(text="red oak desk")
+        batches = pipeline.resolved
+        for _ in range(6):
+            assert pipeline(text="red oak desk") == wanted
+        assert pipeline.runners.resolved("call").segments == {}
+        assert pipeline.runners.lowering.refused == {}
+        assert pipeline.resolved is batches
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from mmpipe.media.ahead import Ahead, Here
 from mmpipe.media.content import Content, content_of, is_unchanged
-from mmpipe.media.decode import estimate_bytes, load, picture_size, sound_seconds
+from mmpipe.media.decode import estimate_bytes, label, load, picture_size, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
 from mmpipe.media.views import View
@@ -20,6 +20,7 @@ __all__ = [
     "estimate_bytes",
     "find",
     "is_unchanged",
+    "label",
     "load",
     "picture_size",
     "sound_seconds",

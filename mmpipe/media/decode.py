@@ -70,9 +70,9 @@ def load(
             return audio.from_memory(source, limits, max_seconds, start_seconds)
         raise MediaError(modality, "unsupported", f"a {type(source).__name__} is no text: give a str, bytes or a Path")
     except MemoryError:
-        raise MediaError(modality, "too_large", f"{_label(modality, source)}not enough memory to decode it") from None
+        raise MediaError(modality, "too_large", f"{label(modality, source)}not enough memory to decode it") from None
     except MediaError as error:
-        raise MediaError(modality, error.code, _label(modality, source) + error.text) from error.__cause__
+        raise MediaError(modality, error.code, label(modality, source) + error.text) from error.__cause__
 
 
 def estimate_bytes(
@@ -132,7 +132,7 @@ def is_file(source: Any) -> bool:
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview)
 
 
-def _label(modality: str, source: Any) -> str:
+def label(modality: str, source: Any) -> str:
     """`name: ` of a file, without its folder; nothing for what is in memory."""
     if not isinstance(source, str | os.PathLike) or (isinstance(source, str) and modality == "text"):
         return ""

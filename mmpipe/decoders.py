@@ -101,8 +101,10 @@ class Decoders:
         with self._lock:
             self._closed = True
             decoders, self._all = self._all, set()
+            starting, self._coming = self._coming, []
             self._free.clear()
-            self._coming.clear()
+        for decoder in starting:
+            decoder.kill()  # it would look at its socket only after seconds of imports
         for decoder in decoders:
             decoder.close()
         for decoder in decoders:
@@ -236,6 +238,9 @@ class Decoder:
     def close(self) -> None:
         """When its socket is closed it ends by itself."""
         self._pipe.close()
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def ended(self) -> str:
         """Wait for its end, and end it if it doesn't; how it ended, for people."""

@@ -59,7 +59,9 @@ class Lowering:
         told: list[str] = []
         waiting: list[int] = []
         for segment in made.plan.segments:
-            choice, why = self._one(made, segment, rows, threads, job_rows, waiting)
+            choice, why, pays_from = self._one(made, segment, rows, threads, job_rows)
+            if pays_from is not None:
+                waiting.append(pays_from)
             if choice != PLAIN:
                 segments[segment.name] = choice
             if why and why not in told:
@@ -143,30 +145,30 @@ class Lowering:
         self._kept.clear()
 
     def _one(
-        self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int, waiting: list[int]
-    ) -> tuple[Choice, str]:
+        self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int
+    ) -> tuple[Choice, str, int | None]:
+        """What it is lowered to, why, and the rows from which a compiler would be waited for that isn't here."""
         runtime = self.config.runtime
         if segment.branch == HEAD or segment.branch in self.refused:
-            return PLAIN, ""
+            return PLAIN, "", None
         module = made.modules[segment.name]
         large = cost.weight_bytes([module]) >= 4 * LARGE_NUMBERS
         if runtime.backend == "auto":
             # what was measured on the processor says nothing of another device
             best = self.tuned.best(module, rows, threads) if self.device.kind == "cpu" else None
             if best is None or runtime.dtype not in ("auto", best.choice.dtype):
-                return self._eager(large), ""
+                return self._eager(large), "", None
             if not best.pays(job_rows):
-                waiting.append(best.pays_from)
-                return self._eager(large), f"{segment.name} {best.not_yet(job_rows)}"
+                return self._eager(large), f"{segment.name} {best.not_yet(job_rows)}", best.pays_from
             try:  # now, so that what is resolved is what runs
                 self._made(made.plan, segment, module, best.choice, rows, threads)
             except Unlowerable as error:
-                return self._eager(large), f"{segment.name} not {best.choice.backend}, which was fastest: {error}"
-            return best.choice, f"tuned: {segment.name} {best.told}"
+                return self._eager(large), f"{segment.name} not {best.choice.backend}, which was fastest: {error}", None
+            return best.choice, f"tuned: {segment.name} {best.told}", None
         dtype = self._eager(large).dtype
         if runtime.backend == "onnx" and runtime.dtype == "auto":
             dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU
-        return Choice(runtime.backend, dtype), "configured"
+        return Choice(runtime.backend, dtype), "configured", None
 
     def _eager(self, large: bool) -> Choice:
         """The plain backend, in the type that is configured, else in the one that pays."""

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 # What is computed is what is tested; tests of the cache name a folder of their own.
 os.environ["MMPIPE_CACHE"] = "off"
@@ -13,6 +14,23 @@ os.environ["MMPIPE_CACHE"] = "off"
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _full_float32_on_a_gpu(request):
+    """What a GPU answers is compared with what a CPU does: no TF32 in convolutions and products."""
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul) if request.node.get_closest_marker("gpu") else ()
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield
+    for place, value in zip(places, before, strict=True):
+        place.allow_tf32 = value
 
 
 @pytest.fixture(autouse=True)

@@ -180,11 +180,11 @@ def test_a_prepare_that_can_t_be_sent_or_found_is_told_of_and_threads_go_on(tmp_
     local.close()
 
 
-def test_closing_ends_the_processes_even_while_they_start():
+def test_closing_ends_the_processes_and_does_not_wait_for_those_that_start():
     decoders = Decoders({"text": Preparation("text", 1, len, None, {}, ())}, Limits(), 2)
     started = [decoder._process for decoder in decoders._all]
     decoders.close()
-    assert all(process.returncode is not None for process in started)
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
     assert not decoders.decode("text", "a", print)
 
 
@@ -242,10 +242,9 @@ def test_a_job_writes_the_same_bytes_either_way(weights, tmp_path):
     assert written["threads"] == written["processes"]
 
 
-def test_many_threads_share_them(odd, tmp_path):
-    """Whoever finds none free decodes by itself; nobody gets another's."""
+def test_many_threads_share_them_and_whoever_finds_none_free_is_told_to_decode(odd, tmp_path):
     odd("begin")
-    wrong, own = [], []
+    wrong, theirs, own = [], [], []
 
     def work(number):
         path = tmp_path / f"{number}.txt"
@@ -254,7 +253,9 @@ def test_many_threads_share_them(odd, tmp_path):
             seen = []
             if not odd.decoders.decode("text", path, lambda tensors, seen=seen: seen.append(len(tensors["ids"]))):
                 own.append(number)
-            elif seen != [number + 1]:
+                continue
+            theirs.append(number)
+            if seen != [number + 1]:
                 wrong.append((number, seen))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
@@ -263,6 +264,9 @@ def test_many_threads_share_them(odd, tmp_path):
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert len(theirs) + len(own) == 6 * 50
+    assert theirs
+    assert own  # six threads, two processes
 
 
 @pytest.mark.parametrize("family", hub.FAMILIES)

@@ -5,29 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 from support import hub, shop
 
 from mmpipe import Pipeline, lowering
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 COUNT = 43  # five full buckets of 8, and one that is filled up
 COMPILED = ("open_clip", "bert", "clap")
-
-
-@pytest.fixture(autouse=True)
-def _full_float32():
-    """Answers are compared with a CPU's: no TF32 in convolutions and products."""
-    places = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
-    yield
-    for place, value in zip(places, before, strict=True):
-        place.allow_tf32 = value
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,8 @@ from mmpipe.graphs.plan import PRESENCE
 from mmpipe.runtime.device import device_for
 from mmpipe.runtime.streams import Run
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 LAYOUTS = ["one", "staged", "branches", "parallel"]
-
-
-@pytest.fixture(autouse=True)
-def _full_float32():
-    """Answers are compared with a CPU's: no TF32 in convolutions and products."""
-    places = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
-    yield
-    for place, value in zip(places, before, strict=True):
-        place.allow_tf32 = value
 
 
 def everything(count):

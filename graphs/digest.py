@@ -6,11 +6,16 @@ Names depend on what else was fused beside a segment; what it computes does not.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+_THREADS = 4  # that hash; two already go at most of memory's speed
+_LARGE = 1_000_000  # bytes of all tensors, below which starting threads takes longer
 
 
 def digest(module: fx.GraphModule) -> bytes:
@@ -30,10 +35,12 @@ def digest(module: fx.GraphModule) -> bytes:
             return f"slice{plain((value.start, value.stop, value.step))}"
         return repr(value)
 
+    values = {node.target: attrgetter(node.target)(module) for node in module.graph.nodes if node.op == "get_attr"}
+    told = dict(zip(values, of_tensors(list(values.values())), strict=True))
     for node in module.graph.nodes:
         target = ""
         if node.op == "get_attr":
-            target = _of_tensor(attrgetter(node.target)(module))
+            target = told[node.target]
         elif node.op == "call_module":
             inner = module.get_submodule(node.target)
             target = digest(inner).hex() if isinstance(inner, fx.GraphModule) else f"{inner!r} {_of_state(inner)}"
@@ -44,6 +51,14 @@ def digest(module: fx.GraphModule) -> bytes:
         total.update(f"{node.op} {target} {plain(node.args)} {plain(dict(node.kwargs))}\n".encode())
         number[node] = len(number)
     return total.digest()
+
+
+def of_tensors(tensors: Sequence[Any]) -> list[str]:
+    """Of each its shape, type and hash; of what is no tensor what it is called."""
+    if sum(value.nbytes for value in tensors if isinstance(value, Tensor)) < _LARGE:
+        return list(map(_of_tensor, tensors))
+    with ThreadPoolExecutor(_THREADS) as threads:  # hashing lets Python's lock go
+        return list(threads.map(_of_tensor, tensors))
 
 
 def _of_function(target: Any) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 
@@ -47,17 +47,18 @@ _NORMALISATIONS = {aten.layer_norm.default, aten.group_norm.default, aten.batch_
 _MIXED_ON_A_GPU = {aten.batch_norm.default}
 
 
-def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True) -> fx.GraphModule:
+def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True, matrices: bool = True) -> fx.GraphModule:
     """A copy of a segment's module that computes in `dtype`; the module itself for float32.
 
     What goes in and what comes out keep their types. Weights that only products read are held in `dtype` alone.
     `mixed` False: every operation gets one type; normalisations, whose weights stay float32, compute in that.
+    `matrices` False: those of linear layers are left as they are, for a caller who shortens them.
     """
     if dtype == torch.float32:
         return module
     # weights are shared with the original, not copied: most are replaced
     made = fx.GraphModule(module, copy.deepcopy(module.graph))
-    _Lowering(made, dtype, mixed).run()
+    _Lowering(made, dtype, mixed, matrices).run()
     made.graph.eliminate_dead_code()
     drop_unread_tensors(made)
     made.graph.lint()
@@ -65,11 +66,21 @@ def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True) -
     return made
 
 
+def shortened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a shorter type; what is too large for it becomes its largest number, what was infinite stays."""
+    value = tensor.to(dtype)
+    if value.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(value)):
+        over = torch.isinf(value) & ~torch.isinf(tensor)
+        value = torch.where(over, tensor.sign().to(dtype) * torch.finfo(dtype).max, value)
+    return value
+
+
 class _Lowering:
     """One walk over the graph in its order. `short`: the nodes whose values have the shorter type by now."""
 
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, mixed: bool) -> None:
-        self.module, self.graph, self.dtype, self.mixed = module, module.graph, dtype, mixed
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, mixed: bool, matrices: bool) -> None:
+        self.module, self.graph, self.dtype = module, module.graph, dtype
+        self.mixed, self.matrices = mixed, matrices
         self.short: set[fx.Node] = set()
         self.exact: set[fx.Node] = set()  # float32 on purpose: statistics, and what is made of them
         self.constants: dict[str, str] = {}  # attribute → the same in the shorter type
@@ -93,7 +104,8 @@ class _Lowering:
     def _one(self, node: fx.Node) -> None:
         arguments = node.all_input_nodes
         if node.target in _PRODUCTS and mark_of(node).dtype in (torch.float32, None):
-            self._give(node, lambda n: self._shortened(n, node))
+            left = None if self.matrices else _matrix(node)
+            self._give(node, lambda n: n if n is left else self._shortened(n, node))
             self.short.add(node)
         elif not any(n in self.short for n in arguments):
             if any(n in self.exact for n in arguments):
@@ -168,12 +180,8 @@ class _Lowering:
         name = str(node.target)
         if name not in self.constants:
             tensor = get_tensor(self.module, name)
-            value = tensor.to(self.dtype)
-            over = torch.isinf(value) & ~torch.isinf(tensor)
-            if over.any():
-                value = torch.where(over, tensor.sign().to(self.dtype) * torch.finfo(self.dtype).max, value)
             self.constants[name] = f"{name}_short"
-            set_tensor(self.module, self.constants[name], value)
+            set_tensor(self.module, self.constants[name], shortened(tensor, self.dtype))
         with self.graph.inserting_before(node):
             short = self.graph.get_attr(self.constants[name])
         short.meta["mmpipe"] = node.meta.get("mmpipe")
@@ -188,6 +196,12 @@ class _Lowering:
             long = self.graph.call_function(aten.to.dtype, (node, torch.float32))
         long.meta["mmpipe"] = node.meta.get("mmpipe")
         return long
+
+
+def _matrix(node: fx.Node) -> fx.Node | None:
+    """Of a linear layer's product, where it is a constant."""
+    weight = node.args[1] if node.target is aten.linear.default and mark_of(node).dtype == torch.float32 else None
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def _from_exact(node: fx.Node) -> bool:

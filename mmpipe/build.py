@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +58,17 @@ class Built:
     thresholds: tuple[float, ...]  # one per exit but the last
     removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
     notes: tuple[str, ...]
+    hashing: Future[str]  # → core
     temperatures: tuple[float, ...] = (1.0,)  # one per exit
     confidence: str = "max_probability"
     max_disagreement: float | None = None  # what the exits promise; None: nothing
-    core: str = ""  # fingerprint of the model less its exits: what a calibration binds to
     head: nn.Module | None = None  # as it was captured; None for embed
     calibration: Calibration | None = None  # whose exits these are; the caller checks type and backend
+
+    @property
+    def core(self) -> str:
+        """Fingerprint of the model less its exits: what a calibration binds to."""
+        return self.hashing.result()
 
 
 def build(
@@ -103,8 +109,8 @@ def build(
     prepared_by = {name: _settings(encoder, by_name[name].options, fast) for name, encoder in encoders.items()}
     core = core_fingerprint(modules, head, config, prepared_by)
     del modules  # the encoders let them go once they are captured
-    if calibration is not None and not without_exits and calibration.binds_to.model != core:
-        without_exits = not_bound(config, mismatch(calibration, model=core, dtype="", backends=()) or "")
+    if calibration is not None and not without_exits and calibration.binds_to.model != core.result():
+        without_exits = not_bound(config, mismatch(calibration, model=core.result(), dtype="", backends=()) or "")
     gating = _gating(config, calibration, without_exits)
     say("capturing and fusing")
     branches = []
@@ -136,10 +142,10 @@ def build(
         gating.thresholds,
         removed,
         tuple(notes),
+        core,
         temperatures=gating.temperatures,
         confidence=gating.confidence,
         max_disagreement=gating.max_disagreement,
-        core=core,
         head=head,
         calibration=None if without_exits else calibration,
     )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -207,21 +208,16 @@ def mismatch(calibration: Calibration, *, model: str, dtype: str, backends: Sequ
 
 def core_fingerprint(
     modules: Mapping[str, nn.Module], head: nn.Module | None, config: Config, preparations: Mapping[str, Any]
-) -> str:
+) -> Future[str]:
     """A hash of what decides labels: weights, preparation, labels, head; not of the exits, nor of library versions.
+    A thread works it out meanwhile, which takes a second for a gigabyte.
 
     `preparations`: modality → all that shapes its preparation. Zero-shot prototypes are made by a model, to the last
     bit differently on every machine: their prompts, scales and weights count in their place.
     """
-    digest = hashlib.sha256()
     zero_shot = config.fusion.head == "zero_shot"
     parts = dict(modules) if head is None or zero_shot else {**modules, "head": head}
-    for part, module in parts.items():
-        digest.update(f"{part} {type(module).__qualname__}".encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if isinstance(tensor, torch.Tensor) and tensor.numel():
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    states = [(f"{name} {type(part).__qualname__}", sorted(part.state_dict().items())) for name, part in parts.items()]
     settings = {
         "labels": list(config.all_labels),
         "head": config.fusion.head,
@@ -231,5 +227,20 @@ def core_fingerprint(
         "preparations": {name: {k: v for k, v in one.items() if v != {}} for name, one in preparations.items()},
         "text_models": [encoder.model for encoder in config.encoders.values()] if zero_shot else [],
     }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    end = json.dumps(settings, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    thread = ThreadPoolExecutor(1)
+    found = thread.submit(_hash, states, end)
+    thread.shutdown(wait=False)
+    return found
+
+
+def _hash(states: Sequence[tuple[str, Sequence[tuple[str, Any]]]], end: bytes) -> str:
+    digest = hashlib.sha256()
+    for part, tensors in states:
+        digest.update(part.encode())
+        for name, tensor in tensors:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(end)
     return digest.hexdigest()[:32]

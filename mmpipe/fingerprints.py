@@ -22,6 +22,7 @@ from mmpipe.build import Built
 from mmpipe.cache import Form
 from mmpipe.config import Config
 from mmpipe.graphs.digest import digest as digest_of
+from mmpipe.graphs.digest import of_tensors
 from mmpipe.graphs.plan import Plan
 from mmpipe.machine import processor, versions
 from mmpipe.media import Limits
@@ -33,9 +34,9 @@ from mmpipe.types import Sample
 def model_fingerprint(built: Built, plan: Plan) -> str:
     """Of the graph's tensors and operations, the preparation and the labels."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(built.graph.named_buffers(remove_duplicate=False)):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensors = dict(sorted(built.graph.named_buffers(remove_duplicate=False)))
+    for name, told in zip(tensors, of_tensors(list(tensors.values())), strict=True):
+        digest.update(f"{name} {told}".encode())
     digest.update(built.graph.code.encode())
     digest.update(_json({name: p.settings for name, p in built.preparations.items()}))
     digest.update(_json([list(built.labels), [exit_.name for exit_ in plan.exits]]))

@@ -134,7 +134,8 @@ class Lowering:
         inside = memory if choice.backend == "tensorrt" else None
         key = (id(module), choice, *((0, 0) if choice.backend == "eager" else (rows, threads)), inside)
         if key not in self._kept:
-            examples = examples_of(plan, segment, rows)
+            # the plain backend looks where they are, not at them
+            examples = examples_of(plan, segment, 1 if choice.backend == "eager" else rows)
             if choice.backend != "tensorrt":
                 examples = tuple(map(self.device.held, examples))
             self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)

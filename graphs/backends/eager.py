@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target
-from mmpipe.graphs.backends.packed import packed
+from mmpipe.graphs.backends.packed import available, packed
 from mmpipe.graphs.backends.spectrum import split
 from mmpipe.graphs.plan import Segment
 from mmpipe.graphs.precision import lowered
@@ -25,8 +25,9 @@ _BAND = 4  # rows
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
     """The function; torch.fx's own where the graph holds calls of modules (a user put them in)."""
-    short = lowered(module, target.dtype)
-    if target.dtype == torch.bfloat16:
+    packs = target.dtype == torch.bfloat16 and available()
+    short = lowered(module, target.dtype, matrices=not packs)
+    if packs:
         short = packed(short)
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
+from mmpipe.graphs.precision import shortened
 
 aten = torch.ops.aten
 
@@ -36,15 +37,18 @@ def available() -> bool:
 def packed(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a lowered module with its bfloat16 products packed; the module itself where there are none.
 
-    Weights are shared with the original, not copied, but those that are packed.
+    Matrices of products in bfloat16 may still be float32. One after the other is shortened and packed: a whole model in
+    float32, bfloat16 and packed at once would be twice the memory that it keeps. Other weights are shared with the
+    original.
     """
-    nodes = [node for node in module.graph.nodes if _fits(module, node)]
-    if not nodes or not available():
+    if not available() or not any(_fits(module, node) or _is_long(module, node) for node in module.graph.nodes):
         return module
     made = fx.GraphModule(module, copy.deepcopy(module.graph))
     for node in list(made.graph.nodes):
         if _fits(made, node):
             _pack(made, node)
+        elif _is_long(made, node):
+            _shorten(made, node)
     made.graph.eliminate_dead_code()
     drop_unread_tensors(made)
     made.recompile()
@@ -52,14 +56,35 @@ def packed(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fits(module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.target is not aten.linear.default or not all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
+    if not _is_product(node) or not all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
         return False
     weight: Any = node.args[1]
     matrix = get_tensor(module, str(weight.target))
     given = node.args[2] if len(node.args) > 2 else None
-    alike = given is None or get_tensor(module, str(given.target)).dtype == matrix.dtype  # type: ignore[union-attr]
-    here = matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu"
-    return here and matrix.ndim == 2 and min(matrix.shape) >= _LEAST and alike
+    alike = given is None or get_tensor(module, str(given.target)).dtype == torch.bfloat16  # type: ignore[union-attr]
+    return matrix.device.type == "cpu" and matrix.ndim == 2 and min(matrix.shape) >= _LEAST and alike
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target is aten.linear.default and mark_of(node).dtype == torch.bfloat16
+
+
+def _is_long(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether its matrix is still longer than what it computes in."""
+    if not _is_product(node):
+        return False
+    weight: Any = node.args[1]
+    return weight.op == "get_attr" and get_tensor(module, str(weight.target)).dtype == torch.float32
+
+
+def _shorten(module: fx.GraphModule, node: fx.Node) -> None:
+    weight: Any = node.args[1]
+    target = f"{weight.target}_short"
+    set_tensor(module, target, shortened(get_tensor(module, str(weight.target)), torch.bfloat16))
+    with module.graph.inserting_before(node):
+        short = module.graph.get_attr(target)
+    short.meta["mmpipe"] = weight.meta.get("mmpipe")
+    node.replace_input_with(weight, short)
 
 
 def _pack(module: fx.GraphModule, node: fx.Node) -> None:
@@ -68,7 +93,8 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
     try:
         get_tensor(module, target)
     except AttributeError:
-        set_tensor(module, target, torch.ops.mkldnn._reorder_linear_weight(get_tensor(module, str(weight.target))))
+        matrix = shortened(get_tensor(module, str(weight.target)), torch.bfloat16)
+        set_tensor(module, target, torch.ops.mkldnn._reorder_linear_weight(matrix))
     graph = module.graph
     bias = node.args[2] if len(node.args) > 2 else None
     if len(node.users) == 1 and _is_seen_otherwise(node, next(iter(node.users))):
@@ -77,8 +103,8 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
     last = node
     after: tuple[Any, ...] = ("none", [], "")
     with graph.inserting_before(node):
-        matrix = graph.get_attr(target)
-        matrix.meta["mmpipe"] = weight.meta.get("mmpipe")
+        laid_out = graph.get_attr(target)
+        laid_out.meta["mmpipe"] = weight.meta.get("mmpipe")
     if user is not None and user.target in _ACTIVATIONS:
         last = user
         form = str(user.kwargs.get("approximate", "none")) if user.target is aten.gelu.default else ""
@@ -87,12 +113,12 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
         last = user
         with graph.inserting_before(last):
             made = graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.binary, (node.args[0], other, matrix, bias, "add")
+                torch.ops.mkldnn._linear_pointwise.binary, (node.args[0], other, laid_out, bias, "add")
             )
         _replace(graph, node, last, made)
         return
     with graph.inserting_before(last):
-        made = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (node.args[0], matrix, bias, *after))
+        made = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (node.args[0], laid_out, bias, *after))
     _replace(graph, node, last, made)
 
 

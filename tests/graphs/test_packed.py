@@ -147,6 +147,24 @@ def test_weights_are_held_once_and_those_of_the_module_stay():
 
 
 @here
+@pytest.mark.parametrize("width", [WIDTH, 8])
+@pytest.mark.parametrize("kind", CASES)
+def test_matrices_may_come_long_and_are_shortened_one_by_one(kind, width):
+    """Narrow ones are not packed, but shortened all the same."""
+    if width != WIDTH and kind not in ("alone", "gelu"):
+        pytest.skip("its shapes need the full width")
+    module = segment_of(Layers(CASES[kind], width))[1]
+    long = lowered(module, torch.bfloat16, matrices=False)
+    shapes = [tuple(tensor.shape) for tensor in long.buffers() if tensor.ndim == 2]
+    assert all(tensor.dtype == torch.float32 for tensor in long.buffers() if tensor.ndim == 2)
+    assert len(shapes) == 2
+    made = packed(long)
+    assert torch.float32 not in {tensor.dtype for tensor in made.buffers() if tensor.ndim == 2}
+    with torch.inference_mode():
+        assert torch.equal(made(rows())[0], packed(lowered(module, torch.bfloat16))(rows())[0])
+
+
+@here
 def test_a_weight_of_two_products_is_packed_once():
     made = packed(short_of(Layers(lambda self, x: self.one(self.one(x).relu()))))
     assert targets(made).count(POINTWISE.default) == 2

@@ -24,6 +24,9 @@ ALLOWED = {
     ("graphs/backends/tensorrt.py", "device="): "a context's own workspace and results, as a library's are its own",
     ("mmpipe/trying.py", "multiprocessing"): "compilers, tried where they may crash: no device, and nothing shared",
     ("mmpipe/trying.py", "multiprocessing.connection"): "its pipe",
+    ("graphs/digest.py", "concurrent.futures"): "hashes of the host's memory, no device",
+    ("mmpipe/calibrated.py", "concurrent.futures"): "the weights' hash, while the graph is captured; no device",
+    ("mmpipe/build.py", "concurrent.futures"): "the type of that hash",
     ("mmpipe/pipeline.py", "threading"): "a lock: one run of a pipeline at a time",
     ("mmpipe/jobs/job.py", "threading"): "asks for the main thread: only there may signals be handled",
 }

@@ -1,6 +1,6 @@
 """Passes: fused graph → an equal graph. Each is one function that edits in place and returns how much it changed.
 
-Every pass keeps every output within rounding (fold_normalisation, and what aligns) or to the bit (the others), and
+Every pass keeps every output within rounding (what folds, aligns, or lays out anew) or to the bit (the others), and
 `verify` holds after each.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.attention import join_attention, merge_products
+from mmpipe.graphs.convolutions import channels_last, fold_batch_norm
 from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, outputs_of, set_tensor
 from mmpipe.graphs.layout import straighten
 from mmpipe.graphs.patches import multiply_patches
@@ -37,7 +38,7 @@ _FOLD_BYTES = 1 << 20  # … unless it is small anyway
 def optimise(graph: FusedGraph) -> dict[str, int]:
     """All passes in their order; returns what each says: nodes removed, bytes saved, products aligned."""
     removed: dict[str, int] = {}
-    tidy = (drop_noops, share_weights, fold_constants, fold_normalisation, merge_common)
+    tidy = (drop_noops, share_weights, fold_constants, fold_batch_norm, fold_normalisation, merge_common)
     for one in (
         *tidy,
         multiply_patches,
@@ -48,6 +49,7 @@ def optimise(graph: FusedGraph) -> dict[str, int]:
         merge_common,
         align_products,
         align_attention,
+        channels_last,
     ):
         removed[one.__name__] = removed.get(one.__name__, 0) + one(graph)
         verify(graph)

@@ -22,6 +22,7 @@ from mmpipe.explain.words import duration
 from mmpipe.graphs import cost, memory
 from mmpipe.graphs.cost import Product
 from mmpipe.graphs.draw_svg import as_svg
+from mmpipe.graphs.fuse import FusedGraph, mark_of
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.graphs.precision import lowered
 from mmpipe.loading import freed_memory_is_kept
@@ -231,7 +232,26 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
     for name, text in passes.items():
         if not pipeline.built.removed.get(name):
             found.append((text, why_not[name]))
+    found += left_as_written(pipeline.graph)
     return [{"what": what, "why": why} for what, why in found]
+
+
+def left_as_written(graph: FusedGraph) -> list[tuple[str, str]]:
+    """What encoders compute in a form that no pass could change for a faster one."""
+    nodes = [node for node in graph.graph.nodes if mark_of(node).branch != HEAD]
+    norms = sum(node.target is torch.ops.aten.batch_norm.default for node in nodes)
+    softmaxes = sum(
+        node.target is torch.ops.aten.softmax.int
+        and any(user.target in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default) for user in node.users)
+        for node in nodes
+    )
+    found = []
+    if norms:
+        found.append(("folding batch norms", f"{norms} follow no convolution that only they read"))
+    if softmaxes:
+        why = "softmax(q kᵀ · scale + bias) v in float32 on [batch, heads, tokens, width] with scores of its own"
+        found.append(("attention as one operation", f"{softmaxes} are not {why}"))
+    return found
 
 
 def verdict(

@@ -8,10 +8,14 @@ import pytest
 import torch
 from support import shop
 from test_cli import mmpipe
+from torch import nn
 
 from mmpipe import Pipeline
 from mmpipe.explain import collect, timing
+from mmpipe.graphs import passes
+from mmpipe.graphs.capture import capture
 from mmpipe.graphs.cost import Product
+from mmpipe.graphs.fuse import fuse
 from mmpipe.runtime.device import HostDevice
 from mmpipe.runtime.ledger import Decoding, Outcome
 
@@ -128,6 +132,29 @@ def test_every_kind_of_product_can_be_timed(dtype, target, shapes):
     assert alone == timed[one] > 0
     assert timing.products_seconds([one, one], timed, 1, HostDevice()) == 2 * alone
     assert timing.products_seconds([other], {other: 1.0}, 1, HostDevice()) == 3.0
+
+
+class AsWritten(nn.Module):
+    """A norm that no convolution comes before, attention with scores that are read too, or neither."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.conv, self.norm, self.odd = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), odd
+
+    def forward(self, x):
+        y = self.conv(self.norm(x)) if self.odd else self.norm(self.conv(x))
+        scores = (y @ y.transpose(-1, -2)).softmax(-1)
+        mixed = scores @ y
+        return (mixed + scores.mean() if self.odd else mixed).flatten(1)
+
+
+def test_what_no_pass_could_change_is_told():
+    told = []
+    for odd in (False, True):
+        graph = fuse([capture(AsWritten(odd).eval(), {"x": torch.zeros(4, 8, 8)}, name="image")], None, [])
+        passes.optimise(graph)
+        told.append([what for what, _ in collect.left_as_written(graph)])
+    assert told == [[], ["folding batch norms", "attention as one operation"]]
 
 
 def test_every_fast_path_that_was_not_taken_has_a_reason(explained):

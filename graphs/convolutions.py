@@ -10,13 +10,14 @@ its result around at each. A ResNet of 32 pictures takes 0.63 of its time in flo
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, set_tensor
+from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, reach, set_tensor
 
 aten = torch.ops.aten
 
@@ -46,21 +47,26 @@ def fold_batch_norm(graph: FusedGraph) -> int:
         bias_O = (_or(graph, bias, torch.zeros_like(mean_O)) - mean_O) * scale_O
         bias_O = bias_O + _or(graph, shift, torch.zeros_like(mean_O))
         folded = {"weight": weight_OIK.double() * scale_O.reshape(-1, *[1] * (weight_OIK.ndim - 1)), "bias": bias_O}
-        arguments = [conv.args[0]]
-        for name, tensor in folded.items():
-            target = f"{mark_of(node).branch}.folded.of_{node.name}_{name}"
-            set_tensor(graph, target, tensor.to(weight_OIK.dtype))
-            with graph.graph.inserting_before(conv):
-                constant = graph.graph.get_attr(target)
-            constant.meta["mmpipe"] = replace(mark_of(node), shape=tuple(tensor.shape), dtype=weight_OIK.dtype)
-            arguments.append(constant)
-        conv.args = (*arguments, *conv.args[3:])
+        give_weights(graph, conv, node.name, folded, weight_OIK.dtype)
         node.replace_all_uses_with(conv)
         graph.graph.erase_node(node)
         count += 1
     graph.graph.eliminate_dead_code()
     drop_unread_tensors(graph)
     return count
+
+
+def give_weights(graph: FusedGraph, conv: fx.Node, of: str, folded: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a convolution the weight and bias of `folded`, kept in that type. `of` is their name, no two alike."""
+    constants = []
+    for name, tensor in folded.items():
+        target = f"{mark_of(conv).branch}.folded.of_{of}_{name}"
+        set_tensor(graph, target, tensor.to(dtype))
+        with graph.graph.inserting_before(conv):
+            constant = graph.graph.get_attr(target)
+        constant.meta["mmpipe"] = replace(mark_of(conv), shape=tuple(tensor.shape), dtype=dtype)
+        constants.append(constant)
+    conv.args = (conv.args[0], *constants, *conv.args[3:])
 
 
 def _is_own(conv: Any, reader: fx.Node) -> bool:
@@ -83,7 +89,7 @@ def channels_last(graph: FusedGraph) -> int:
     reads memory as it lies, the weights before it stay as they are.
     """
     chosen = [node for node in graph.graph.nodes if _is_flat(node)]
-    after = {node: _reached(node) for node in chosen}
+    after = {node: reach(node.users, lambda one: one.users) for node in chosen}
     chosen = [node for node in chosen if not any(_sees_memory(one) for one in after[node])]
     for target in {str(node.args[1].target) for node in chosen if isinstance(node.args[1], fx.Node)}:
         set_tensor(graph, target, get_tensor(graph, target).contiguous(memory_format=torch.channels_last))
@@ -97,18 +103,6 @@ def _is_flat(node: fx.Node) -> bool:
     """Whether it is a 2-d convolution whose weight only such read."""
     weight = node.args[1] if node.target in _FLAT else None
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and all(one.target in _FLAT for one in weight.users)
-
-
-def _reached(node: fx.Node) -> set[fx.Node]:
-    """All that is computed from it."""
-    found: set[fx.Node] = set()
-    waiting = list(node.users)
-    while waiting:
-        one = waiting.pop()
-        if one not in found:
-            found.add(one)
-            waiting.extend(one.users)
-    return found
 
 
 def _sees_memory(node: fx.Node) -> bool:

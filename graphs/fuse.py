@@ -10,7 +10,7 @@ every exit depend on every encoder, and there would be nothing to leave to a lat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,18 @@ class FusedGraph(fx.GraphModule):
     def recompile(self) -> Any:
         self.version += 1
         return super().recompile()
+
+
+def reach(starts: Iterable[fx.Node], further: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes themselves and all that `further` leads to from them."""
+    found: set[fx.Node] = set()
+    waiting = list(starts)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(further(node))
+    return found
 
 
 def mark_of(node: fx.Node) -> Mark:

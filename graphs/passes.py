@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.attention import join_attention, merge_products
-from mmpipe.graphs.convolutions import channels_last, fold_batch_norm
+from mmpipe.graphs.convolutions import channels_last, fold_batch_norm, give_weights
 from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, outputs_of, set_tensor
 from mmpipe.graphs.layout import straighten
 from mmpipe.graphs.patches import multiply_patches
@@ -203,15 +203,8 @@ def fold_normalisation(graph: FusedGraph) -> int:
         double_OIK = weight_OIK.double()
         shifted_O = (double_OIK * shift_I.reshape(kernel)).flatten(1).sum(1)
         folded = {"weight": double_OIK * scale_I.reshape(kernel), "bias": bias_O + shifted_O}
-        args = [source]
-        for name, tensor in folded.items():
-            target = f"{mark_of(node).branch}.folded.of_{node.name}_{name}"
-            set_tensor(graph, target, tensor.to(weight_OIK.dtype))
-            with graph.graph.inserting_before(node):
-                constant = graph.graph.get_attr(target)
-            constant.meta["mmpipe"] = replace(mark_of(node), shape=tuple(tensor.shape), dtype=weight_OIK.dtype)
-            args.append(constant)
-        node.args = (*args, *node.args[3:])
+        node.args = (source, *node.args[1:])
+        give_weights(graph, node, node.name, folded, weight_OIK.dtype)
         count += _sweep(graph)
     drop_unread_tensors(graph)
     return count

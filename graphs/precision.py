@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
+from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, reach, set_tensor
 
 aten = torch.ops.aten
 
@@ -211,14 +211,7 @@ def _from_exact(node: fx.Node) -> bool:
 
 
 def _before_logarithms(graph: fx.Graph) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node for node in graph.nodes if node.target in _LOGARITHMS]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
+    return reach((node for node in graph.nodes if node.target in _LOGARITHMS), lambda node: node.all_input_nodes)
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mmpipe.graphs.fuse import reach
+
 aten = torch.ops.aten
 
 _LOGARITHMS = {aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default}
@@ -90,14 +92,7 @@ def _is_last(node: fx.Node, place: int = 1) -> bool:
 
 def _before(node: fx.Node) -> set[fx.Node]:
     """The node and all that it depends on."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting.extend(current.all_input_nodes)
-    return found
+    return reach([node], lambda one: one.all_input_nodes)
 
 
 def _is_tensor(node: fx.Node) -> bool:

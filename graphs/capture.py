@@ -9,6 +9,7 @@ import contextlib
 import io
 import linecache
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mmpipe.graphs.plan import GraphError, Mark
+
+aten = torch.ops.aten
 
 MAX_BATCH = 512  # rows of the largest bucket; torch.export wants a range
 _EXAMPLE_BATCH = 2  # 0 and 1 would be specialised on
@@ -71,7 +74,7 @@ def capture(module: nn.Module, example: Mapping[str, Tensor], *, name: str, laye
                 strict=False,
             )
             if any(_mutates(node) for node in program.graph.nodes):
-                program = program.run_decompositions({})  # functionalises, decomposes nothing
+                program = program.run_decompositions({})  # functionalises; decomposes batch norms alone
             # typed as nn.Module; it is a GraphModule
             graph: Any = program.module(check_guards=False)
     except Exception as error:
@@ -149,8 +152,27 @@ def _tidy(graph: fx.GraphModule, names: tuple[str, ...], name: str) -> None:
             )
         elif _mutates(node):
             raise GraphError(f"{name}: {node.target} writes into its argument; use the form without the underscore")
+    _whole_norms(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _whole_norms(graph: fx.Graph) -> None:
+    """Batch norms that functionalising took apart, as one operation with one result again: as passes know them."""
+    for node in list(graph.nodes):
+        if node.target is not aten._native_batch_norm_legit_no_training.default or node.kwargs:
+            continue
+        if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+            continue
+        x, weight, bias, mean, variance, momentum, epsilon = node.args
+        with graph.inserting_before(node):
+            norm = graph.call_function(
+                aten.batch_norm.default, (x, weight, bias, mean, variance, False, momentum, epsilon, False)
+            )
+        for result in list(node.users):
+            norm.meta = dict(result.meta)
+            result.replace_all_uses_with(norm)
+            graph.erase_node(result)
 
 
 def _mark(graph: fx.GraphModule, branch: str, layers: str | None) -> int:

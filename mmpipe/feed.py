@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from mmpipe.cache import Recall
 from mmpipe.decoders import Decoders
 from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import Plan
-from mmpipe.media import Ahead, Content, Limits, content_of, estimate_bytes, is_unchanged
+from mmpipe.media import Ahead, Content, Limits, content_of, estimate_bytes, granted_bytes, is_unchanged
 from mmpipe.preparing import prepared
 from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
@@ -58,7 +60,8 @@ class Feed:
         self.values = {value.name: value for value in plan.values}
         self.core_seconds = 0.0  # spent decoding and preparing, on all workers
         self.spans: list[Decoding] = []
-        self._lock = threading.Lock()
+        self._granted: dict[tuple[str, int], int] = {}  # (branch, row) → bytes, where nobody has looked yet
+        self._lock, self._more = threading.Lock(), threading.Lock()
 
     def open(self, branch: str, media: MediaRows) -> MediaSource:
         """The media of one branch, decoded into `media`."""
@@ -90,9 +93,13 @@ class Feed:
                 self.spans.append(span)
 
     def cost(self, branch: str, row: int) -> int:
-        """Bytes that decoding a medium takes, at most."""
+        """Bytes that decoding a medium takes, at most; of a small file what is granted to it."""
         needs = self.preparations[branch]
         source = self.samples[row].media[branch]
+        granted = granted_bytes(branch, source) if self.decoders is None else None
+        if granted is not None:
+            self._granted[branch, row] = granted
+            return granted
         return estimate_bytes(branch, source, self.limits, needs.decoded_seconds, needs.smallest_side)
 
     def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
@@ -114,7 +121,13 @@ class Feed:
 
         if self.decoders is not None and self.decoders.decode(branch, source, put, self._spent):
             return
-        put(prepared(branch, source, self.preparations[branch], self.limits))
+        granted = self._granted.pop((branch, row), None)
+
+        def room(taken_bytes: int) -> contextlib.AbstractContextManager[Any]:
+            """Who takes more than was granted does so alone: beyond the bound there is one at a time."""
+            return contextlib.nullcontext() if granted is None or taken_bytes <= granted else self._more
+
+        put(prepared(branch, source, self.preparations[branch], self.limits, room))
 
     def _spent(self, seconds: float) -> None:
         with self._lock:

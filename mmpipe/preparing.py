@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,13 @@ from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
 
 
-def prepared(branch: str, source: Any, preparation: Preparation, limits: media.Limits) -> Mapping[str, Tensor]:
+def prepared(
+    branch: str,
+    source: Any,
+    preparation: Preparation,
+    limits: media.Limits,
+    room: media.Room = lambda taken_bytes: contextlib.nullcontext(),
+) -> Mapping[str, Tensor]:
     """Raises MediaError where the medium can't be used, whatever a user's own `prepare` raises included."""
     medium = media.load(
         branch,
@@ -21,6 +28,7 @@ def prepared(branch: str, source: Any, preparation: Preparation, limits: media.L
         limits=limits,
         max_seconds=preparation.decoded_seconds,
         smallest_side=preparation.smallest_side,
+        room=room,
     )
     try:
         with torch.inference_mode():

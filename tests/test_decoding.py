@@ -14,7 +14,7 @@ from support import shop
 from mmpipe import Pipeline
 from mmpipe.explain import collect
 from mmpipe.fingerprints import model_fingerprint
-from mmpipe.media import View
+from mmpipe.media import View, image
 
 OWN = """
 import torch
@@ -141,3 +141,29 @@ def test_a_long_sound_is_heard_as_if_it_were_decoded_whole(weights, tmp_path, mo
         monkeypatch.setattr(media, "load", whole)
         assert np.array_equal(heard, pipeline.embed([{"audio": path}]))
         assert pipeline._built.preparations["audio"].max_seconds < decoded[0] < 4
+
+
+def test_small_files_are_looked_into_once_and_large_ones_decoded_alone(weights, tmp_path, monkeypatch):
+    """A small file says what it takes when it is opened to be decoded; what is more than that waits for its turn."""
+    for number in range(24):
+        flat = number % 3 == 0  # thousands of pixels a byte
+        Image.new("RGB", (2000, 1500) if flat else (60, 40), (number, 0, 0)).save(tmp_path / f"{number:02d}.png")
+    headers, most, now = [], [0], [0]
+    header, loaded = image._header, image._loaded
+
+    def counted(picture):
+        now[0] += picture.width == 2000
+        most[0] = max(most[0], now[0])
+        try:
+            return loaded(picture)
+        finally:
+            now[0] -= picture.width == 2000
+
+    monkeypatch.setattr(image, "_header", lambda *given: headers.append(1) or header(*given))
+    monkeypatch.setattr(image, "_loaded", counted)
+    with Pipeline.load(shop.config(weights, runtime={"cache": "off"})) as pipeline:
+        headers.clear()
+        answers = pipeline.predict([{"image": tmp_path / f"{number:02d}.png"} for number in range(24)])
+    assert [answer.status for answer in answers] == ["ok"] * 24
+    assert len(headers) <= 24 + 4  # and four rows for the parity gate
+    assert most[0] == 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target
+from mmpipe.graphs.backends.convolved import convolved
 from mmpipe.graphs.backends.packed import available, packed
 from mmpipe.graphs.backends.spectrum import split
 from mmpipe.graphs.plan import Segment
@@ -29,6 +30,7 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     short = lowered(module, target.dtype, matrices=not packs)
     if packs:
         short = packed(short)
+    short = convolved(short, target.rows)
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward
     parts = split(short) if _on_host(short, examples) else None

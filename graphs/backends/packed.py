@@ -21,7 +21,7 @@ from mmpipe.graphs.precision import shortened
 
 aten = torch.ops.aten
 
-_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "swish", aten.gelu.default: "gelu"}
+ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "swish", aten.gelu.default: "gelu"}
 _LEAST = 16  # features in and out: below it packing gains nothing
 
 
@@ -105,24 +105,28 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
     with graph.inserting_before(node):
         laid_out = graph.get_attr(target)
         laid_out.meta["mmpipe"] = weight.meta.get("mmpipe")
-    if user is not None and user.target in _ACTIVATIONS:
+    if user is not None and user.target in ACTIVATIONS:
         last = user
-        form = str(user.kwargs.get("approximate", "none")) if user.target is aten.gelu.default else ""
-        after = (_ACTIVATIONS[user.target], [], form)
-    elif user is not None and (other := _added(node, user)) is not None:
+        after = (ACTIVATIONS[user.target], [], form_of(user))
+    elif user is not None and (other := added(node, user)) is not None:
         last = user
         with graph.inserting_before(last):
             made = graph.call_function(
                 torch.ops.mkldnn._linear_pointwise.binary, (node.args[0], other, laid_out, bias, "add")
             )
-        _replace(graph, node, last, made)
+        put_in_place(graph, node, last, made)
         return
     with graph.inserting_before(last):
         made = graph.call_function(torch.ops.mkldnn._linear_pointwise.default, (node.args[0], laid_out, bias, *after))
-    _replace(graph, node, last, made)
+    put_in_place(graph, node, last, made)
 
 
-def _added(node: fx.Node, user: fx.Node) -> fx.Node | None:
+def form_of(activation: fx.Node) -> str:
+    """Which of its forms an activation takes: GELU has two."""
+    return str(activation.kwargs.get("approximate", "none")) if activation.target is aten.gelu.default else ""
+
+
+def added(node: fx.Node, user: fx.Node) -> fx.Node | None:
     """What is added to the product: a value of the same type and shape."""
     if user.target is not aten.add.Tensor or user.kwargs:
         return None
@@ -139,13 +143,13 @@ def _is_seen_otherwise(node: fx.Node, view: fx.Node) -> bool:
         return False
     shape = mark_of(node).shape
     symbolic_first = shape is not None and all(isinstance(size, int) for size in shape[1:])
-    return symbolic_first and _added(view, next(iter(view.users))) is not None
+    return symbolic_first and added(view, next(iter(view.users))) is not None
 
 
 def _see_sum(graph: fx.Graph, node: fx.Node, view: fx.Node) -> None:
     """reshape(product) + y → reshape(product + reshape(y))"""
     total = next(iter(view.users))
-    other: Any = _added(view, total)
+    other: Any = added(view, total)
     mark = mark_of(node)
     assert mark.shape is not None
     with graph.inserting_before(total):
@@ -159,9 +163,12 @@ def _see_sum(graph: fx.Graph, node: fx.Node, view: fx.Node) -> None:
     graph.erase_node(view)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, last: fx.Node, made: fx.Node) -> None:
+def put_in_place(graph: fx.Graph, node: fx.Node, last: fx.Node, made: fx.Node) -> None:
+    """One operation for all from `node` to `last`, each of which only the next reads."""
     made.meta = dict(last.meta)
     last.replace_all_uses_with(made)
-    graph.erase_node(last)
-    if last is not node:
-        graph.erase_node(node)
+    while last is not node:
+        before = next(one for one in last.all_input_nodes if one is node or node in one.all_input_nodes)
+        graph.erase_node(last)
+        last = before
+    graph.erase_node(node)

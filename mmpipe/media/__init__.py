@@ -2,7 +2,7 @@
 
 from mmpipe.media.ahead import Ahead, Here
 from mmpipe.media.content import Content, content_of, is_unchanged
-from mmpipe.media.decode import estimate_bytes, label, load, picture_size, sound_seconds
+from mmpipe.media.decode import Room, estimate_bytes, granted_bytes, label, load, picture_size, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
 from mmpipe.media.views import View
@@ -14,11 +14,13 @@ __all__ = [
     "Here",
     "Limits",
     "Listing",
+    "Room",
     "Samples",
     "View",
     "content_of",
     "estimate_bytes",
     "find",
+    "granted_bytes",
     "is_unchanged",
     "label",
     "load",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,19 +28,31 @@ _ESTIMATED_RATE_HZ = 48_000
 
 
 def from_file(
-    file: BinaryIO, size_bytes: int, limits: Limits, max_seconds: float | None, start_seconds: float = 0.0
+    file: BinaryIO,
+    size_bytes: int,
+    limits: Limits,
+    max_seconds: float | None,
+    start_seconds: float = 0.0,
+    room: Callable[[int], contextlib.AbstractContextManager[Any]] = lambda taken_bytes: contextlib.nullcontext(),
 ) -> Sound:
-    """The sound of a file that is within its size limit; max_seconds from start_seconds on only. Raises MediaError."""
+    """The sound of a file that is within its size limit; max_seconds from start_seconds on only. Raises MediaError.
+
+    room: of the peak of the bytes that it takes, the context in which it is decoded.
+    """
     try:
         sound = _soundfile(file)
     except Exception:  # noqa: BLE001 - whatever it is, PyAV may know the format
-        return _from_av(file, limits, max_seconds, start_seconds)
+        with room(_peak_bytes(None, size_bytes, limits, max_seconds)):
+            return _from_av(file, limits, max_seconds, start_seconds)
     with sound:
+        peak_bytes = _peak_bytes(sound, size_bytes, limits, max_seconds)
         counted = sound.format != "MP3" or _is_counted(_start(file, 1 << 16))
         if counted or not _has_av():
-            return _from_soundfile(sound, file, size_bytes, limits, max_seconds, start_seconds, counted)
+            with room(peak_bytes):
+                return _from_soundfile(sound, file, size_bytes, limits, max_seconds, start_seconds, counted)
     # libsndfile guesses such a file's length from its first bit rate, and reads no further than its guess.
-    return _from_av(file, limits, max_seconds, start_seconds)
+    with room(peak_bytes):
+        return _from_av(file, limits, max_seconds, start_seconds)
 
 
 def file_seconds(file: BinaryIO) -> float | None:
@@ -92,14 +106,21 @@ def from_memory(source: Any, limits: Limits, max_seconds: float | None, start_se
 
 
 def estimate_file_bytes(file: BinaryIO, size_bytes: int, limits: Limits, max_seconds: float | None) -> int:
-    """Peak bytes of `from_file`: the mono samples, and one block of all channels."""
-    longest_seconds = min(limits.audio_minutes * 60, math.inf if max_seconds is None else max_seconds)
+    """Peak bytes of `from_file`."""
     try:
         with _soundfile(file) as sound:
-            rate_hz, channels = int(sound.samplerate), int(sound.channels)
-            frames = int(sound.frames) if 0 <= sound.frames < _UNKNOWN_FRAMES else 8 * size_bytes
+            return _peak_bytes(sound, size_bytes, limits, max_seconds)
     except Exception:  # noqa: BLE001 - a format of PyAV's
-        rate_hz, channels, frames = _ESTIMATED_RATE_HZ, 2, 8 * size_bytes  # as of 6 kB a second, 48 kbit/s
+        return _peak_bytes(None, size_bytes, limits, max_seconds)
+
+
+def _peak_bytes(sound: Any, size_bytes: int, limits: Limits, max_seconds: float | None) -> int:
+    """The mono samples, and one block of all channels. Without a sound: a guess, as of 6 kB a second, 48 kbit/s."""
+    rate_hz, channels, frames = _ESTIMATED_RATE_HZ, 2, 8 * size_bytes
+    if sound is not None:
+        rate_hz, channels = int(sound.samplerate), int(sound.channels)
+        frames = int(sound.frames) if 0 <= sound.frames < _UNKNOWN_FRAMES else frames
+    longest_seconds = min(limits.audio_minutes * 60, math.inf if max_seconds is None else max_seconds)
     frames = int(min(frames, longest_seconds * rate_hz))
     return 8 * frames + 4 * min(frames * channels, _BLOCK_VALUES)
 

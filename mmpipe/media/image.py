@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmpipe.errors import MediaError
@@ -20,14 +21,20 @@ _ORIENTATION = 0x0112  # EXIF
 _FLOAT_SLACK = 0.01  # resampling and rounding leave 0..1 by this much
 
 
-def from_file(file: BinaryIO, limits: Limits, smallest_side: int | None = None) -> Image.Image:
+def from_file(
+    file: BinaryIO,
+    limits: Limits,
+    smallest_side: int | None = None,
+    room: Callable[[int], contextlib.AbstractContextManager[Any]] = lambda taken_bytes: contextlib.nullcontext(),
+) -> Image.Image:
     """The first frame of a file that is within its size limit, in RGB. Raises MediaError.
 
     smallest_side: a JPEG may come out at a half, a quarter or an eighth, its shorter side no less than these pixels.
+    room: of the peak of the bytes that it takes, the context in which it is decoded.
     """
     picture = _header(file, limits)
-    _scaled(picture, smallest_side)
-    return _rgb(_loaded(picture))
+    with room(_peak_bytes(picture, smallest_side)):
+        return _rgb(_loaded(picture))
 
 
 def from_memory(source: Any, limits: Limits) -> Image.Image:
@@ -56,7 +63,11 @@ def memory_size(source: Any) -> tuple[int, int] | None:
 
 def estimate_file_bytes(file: BinaryIO, limits: Limits, smallest_side: int | None = None) -> int:
     """Peak bytes of `from_file`, from the header."""
-    picture = _header(file, limits)
+    return _peak_bytes(_header(file, limits), smallest_side)
+
+
+def _peak_bytes(picture: Image.Image, smallest_side: int | None) -> int:
+    """What a picture will take that is about to be decoded, no smaller than asked for; it is told so here."""
     width, height = picture.size
     scaled = _scaled(picture, smallest_side)
     progressive = bool(picture.info.get("progressive"))

@@ -132,7 +132,9 @@ class Engine:
 
         def shard_of(samples: Sequence[Sample]) -> Shard:
             samples = list(samples)  # a listing makes a sample whenever it is asked for one
-            feed = Feed(samples, self.built.preparations, plan, self.limits, ahead, recall=recall, decoders=decoders)
+            feed = Feed(
+                samples, self.built.preparations, plan, self.limits, ahead, room, recall=recall, decoders=decoders
+            )
             flying.append((samples, feed))
             present_NM = torch.tensor(
                 [[sample.media.get(name) is not None for name in columns] for sample in samples], dtype=torch.bool
@@ -156,9 +158,8 @@ class Engine:
         alone = wish.kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile
         workers = resolved.decode_workers
-        several = media.Ahead(
-            workers, decoding_bytes(resolved.memory_limit), items_ahead=2 * rows, beside=_beside(resolved, workers)
-        )
+        room = media.Room(decoding_bytes(resolved.memory_limit))
+        several = media.Ahead(workers, items_ahead=2 * rows, beside=_beside(resolved, workers))
         with media.Here() if alone else several as ahead:
             try:
                 executor.run_all(map(shard_of, shards), hand_on)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from mmpipe.cache import Recall
 from mmpipe.decoders import Decoders
 from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import Plan
-from mmpipe.media import Ahead, Content, Limits, content_of, estimate_bytes, granted_bytes, is_unchanged
+from mmpipe.media import Ahead, Content, Limits, Room, content_of, estimate_bytes, is_unchanged
 from mmpipe.preparing import prepared
 from mmpipe.runtime.ledger import Decoding
 from mmpipe.runtime.pool import MediaRows
@@ -33,7 +31,7 @@ class _Claim:
 
 
 class Feed:
-    """Opens and prepares media on threads, ahead of the model, within the bound on memory.
+    """Opens and prepares media on threads, ahead of the model, within the bound on memory that `room` is.
 
     With `recall` a medium is looked up before it is decoded, on the same threads: what is known is not decoded.
     Nor is, in a cascade, what another row of the run is decoding; a parallel run does not wait for another's answer.
@@ -47,12 +45,14 @@ class Feed:
         plan: Plan,
         limits: Limits,
         ahead: Ahead,
+        room: Room,
         *,
         recall: Recall | None = None,
         decoders: Decoders | None = None,
     ) -> None:
         self.decoders = decoders
-        self.samples, self.preparations, self.limits, self.ahead = samples, preparations, limits, ahead
+        self.samples, self.preparations, self.limits = samples, preparations, limits
+        self.ahead, self.room = ahead, room
         self.recall, self.shares = recall, len(plan.stage_plans[0].stages) == 1
         self.missed: Counter[str] = Counter()  # branch → media that were looked up in vain
         self._claims: dict[tuple[str, bytes], _Claim] = {}
@@ -60,8 +60,7 @@ class Feed:
         self.values = {value.name: value for value in plan.values}
         self.core_seconds = 0.0  # spent decoding and preparing, on all workers
         self.spans: list[Decoding] = []
-        self._granted: dict[tuple[str, int], int] = {}  # (branch, row) → bytes, where nobody has looked yet
-        self._lock, self._more = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
 
     def open(self, branch: str, media: MediaRows) -> MediaSource:
         """The media of one branch, decoded into `media`."""
@@ -92,16 +91,6 @@ class Feed:
                 self.core_seconds += time.thread_time() - clock
                 self.spans.append(span)
 
-    def cost(self, branch: str, row: int) -> int:
-        """Bytes that decoding a medium takes, at most; of a small file what is granted to it."""
-        needs = self.preparations[branch]
-        source = self.samples[row].media[branch]
-        granted = granted_bytes(branch, source) if self.decoders is None else None
-        if granted is not None:
-            self._granted[branch, row] = granted
-            return granted
-        return estimate_bytes(branch, source, self.limits, needs.decoded_seconds, needs.smallest_side)
-
     def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
         """Keep the embeddings of rows that were looked up in vain."""
         if self.recall is None:
@@ -119,15 +108,13 @@ class Feed:
         def put(tensors: Mapping[str, Tensor]) -> None:
             media.fill(slot, self._checked(branch, tensors))
 
-        if self.decoders is not None and self.decoders.decode(branch, source, put, self._spent):
-            return
-        granted = self._granted.pop((branch, row), None)
-
-        def room(taken_bytes: int) -> contextlib.AbstractContextManager[Any]:
-            """Who takes more than was granted does so alone: beyond the bound there is one at a time."""
-            return contextlib.nullcontext() if granted is None or taken_bytes <= granted else self._more
-
-        put(prepared(branch, source, self.preparations[branch], self.limits, room))
+        needs = self.preparations[branch]
+        with self.room.share() as share:
+            if self.decoders is not None:
+                share.take(estimate_bytes(branch, source, self.limits, needs.decoded_seconds, needs.smallest_side))
+                if self.decoders.decode(branch, source, put, self._spent):
+                    return
+            put(prepared(branch, source, needs, self.limits, share.take))
 
     def _spent(self, seconds: float) -> None:
         with self._lock:
@@ -194,7 +181,7 @@ class MediaSource:
         def load(row: int) -> Found:
             return feed.load(branch, row, self._slot_of[row], media)
 
-        self._queue = feed.ahead.queue(load, lambda row: feed.cost(branch, row), self._room)
+        self._queue = feed.ahead.queue(load, self._room)
 
     def put(self, rows: Iterable[int]) -> None:
         """Ask for rows; they are decoded ahead as far as there is room."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ def prepared(
     source: Any,
     preparation: Preparation,
     limits: media.Limits,
-    room: media.Room = lambda taken_bytes: contextlib.nullcontext(),
+    reserve: Callable[[int], None] = lambda count: None,
 ) -> Mapping[str, Tensor]:
     """Raises MediaError where the medium can't be used, whatever a user's own `prepare` raises included."""
     medium = media.load(
@@ -28,7 +27,7 @@ def prepared(
         limits=limits,
         max_seconds=preparation.decoded_seconds,
         smallest_side=preparation.smallest_side,
-        room=room,
+        reserve=reserve,
     )
     try:
         with torch.inference_mode():

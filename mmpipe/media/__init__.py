@@ -2,9 +2,10 @@
 
 from mmpipe.media.ahead import Ahead, Here
 from mmpipe.media.content import Content, content_of, is_unchanged
-from mmpipe.media.decode import Room, estimate_bytes, granted_bytes, label, load, picture_size, sound_seconds
+from mmpipe.media.decode import estimate_bytes, label, load, picture_size, sound_seconds
 from mmpipe.media.find import SUFFIXES, Listing, Samples, find
 from mmpipe.media.limits import Limits
+from mmpipe.media.room import Room
 from mmpipe.media.views import View
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "content_of",
     "estimate_bytes",
     "find",
-    "granted_bytes",
     "is_unchanged",
     "label",
     "load",

@@ -1,4 +1,4 @@
-"""Work done on threads ahead of its consumer, in order, within a bound on memory."""
+"""Work done on threads ahead of its consumer, in order."""
 
 from __future__ import annotations
 
@@ -16,46 +16,32 @@ R = TypeVar("R")
 class Ahead:
     """Decodes ahead, on threads that all its queues share. Its queues belong to one consumer's thread.
 
-        with Ahead(workers, memory_limit_bytes) as ahead:
-            queue = ahead.queue(load, cost)
+        with Ahead(workers) as ahead:
+            queue = ahead.queue(load)
             queue.put(items)
             medium = queue.get()
 
-    memory_limit_bytes bounds the sum of the costs of all items that are started and not yet consumed, in all queues;
-    an item is consumed when its queue is asked for the next one. One item of each queue is let through whatever it
-    costs, so that no queue waits for another. items_ahead (default: four for each worker) bounds the number of started
-    items of each queue. `beside`: threads that go on while the consumer has enough (default: half). The bound is as
-    good as `cost`.
+    items_ahead (default: four for each worker) bounds the number of items of each queue that are started and not yet
+    consumed. `beside`: threads that go on while the consumer has enough (default: half).
     """
 
-    def __init__(
-        self, workers: int, memory_limit_bytes: int, *, items_ahead: int | None = None, beside: int | None = None
-    ) -> None:
+    def __init__(self, workers: int, *, items_ahead: int | None = None, beside: int | None = None) -> None:
         self.workers = workers
         self.beside = max(1, workers // 2) if beside is None else beside
-        self.memory_limit_bytes = memory_limit_bytes
         self.items_ahead = 4 * workers if items_ahead is None else items_ahead
-        if self.workers < 1 or self.memory_limit_bytes < 1 or self.items_ahead < 1:
-            raise ValueError(
-                f"workers={workers}, memory_limit_bytes={memory_limit_bytes}, items_ahead={items_ahead}: < 1"
-            )
-        self.used_bytes = 0  # of all queues: started, or with the consumer
+        if self.workers < 1 or self.items_ahead < 1:
+            raise ValueError(f"workers={workers}, items_ahead={items_ahead}: < 1")
         self._threads: ThreadPoolExecutor | None = None
         self._turn = threading.Condition()
         self._loading, self._hungry = 0, True
 
-    def queue(
-        self,
-        load: Callable[[T], R],
-        cost: Callable[[T], int],
-        room: Callable[[T, bool], bool] = lambda item, wait: True,
-    ) -> Queue[T, R]:
+    def queue(self, load: Callable[[T], R], room: Callable[[T, bool], bool] = lambda item, wait: True) -> Queue[T, R]:
         """load(item) for each item that is put, in order.
 
-        `cost` and `room` are called on the consumer's thread just before an item is started. `room(item, wait)` says
-        whether it may be; with `wait` it waits until it may, because the consumer needs this very item.
+        `room(item, wait)` is called on the consumer's thread just before an item is started, and says whether it may
+        be; with `wait` it waits until it may, because the consumer needs this very item.
         """
-        return Queue(self, load, cost, room)
+        return Queue(self, load, room)
 
     def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
         """Put one item on the threads; they are started with the first."""
@@ -120,7 +106,7 @@ class Here(Ahead):
     """As Ahead, without threads: each item when it is asked for. For so few that a thread would only add its start."""
 
     def __init__(self) -> None:
-        super().__init__(1, 1, items_ahead=1)
+        super().__init__(1, items_ahead=1)
 
     def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
         future: Future[R] = Future()
@@ -130,32 +116,19 @@ class Here(Ahead):
             future.set_exception(error)
         return future
 
-    def queue(
-        self,
-        load: Callable[[T], R],
-        cost: Callable[[T], int],
-        room: Callable[[T, bool], bool] = lambda item, wait: True,
-    ) -> Queue[T, R]:
-        return Queue(self, load, lambda item: 0, room, lazy=True)
+    def queue(self, load: Callable[[T], R], room: Callable[[T, bool], bool] = lambda item, wait: True) -> Queue[T, R]:
+        return Queue(self, load, room, lazy=True)
 
 
 class Queue(Generic[T, R]):
-    """Items asked for, and their results in the same order. What `load` or `cost` raises is raised in its place."""
+    """Items asked for, and their results in the same order. What `load` raises is raised in its place."""
 
     def __init__(
-        self,
-        ahead: Ahead,
-        load: Callable[[T], R],
-        cost: Callable[[T], int],
-        room: Callable[[T, bool], bool],
-        *,
-        lazy: bool = False,
+        self, ahead: Ahead, load: Callable[[T], R], room: Callable[[T, bool], bool], *, lazy: bool = False
     ) -> None:
-        self._ahead, self._load, self._cost, self._room, self._lazy = ahead, load, cost, room, lazy
+        self._ahead, self._load, self._room, self._lazy = ahead, load, room, lazy
         self._asked: deque[T] = deque()
-        self._started: deque[tuple[Future[R], int]] = deque()
-        self._held_bytes = 0  # of what the consumer has
-        self._next_cost: int | None = None  # of the first that is not started: a file's header is read once
+        self._started: deque[Future[R]] = deque()
 
     def __len__(self) -> int:
         """Results that are still to come."""
@@ -178,58 +151,37 @@ class Queue(Generic[T, R]):
     def ready(self) -> bool:
         """Whether the next result is there without waiting."""
         self.push()
-        return bool(self._started) and self._started[0][0].done()
+        return bool(self._started) and self._started[0].done()
 
     def drop(self) -> None:
         """Forget everything that is still to come, after what runs has ended."""
         self._asked.clear()
-        self._next_cost = None
         self._ahead.hungry(True)
-        running = [future for future, _ in self._started if not future.cancel()]
-        for future in running:
+        for future in [future for future in self._started if not future.cancel()]:
             future.exception()  # waits
-        self._ahead.used_bytes -= sum(cost for _, cost in self._started)
         self._started.clear()
 
     def get(self) -> R:
         """The next result. Waits for it; IndexError where nothing was asked for."""
-        self._ahead.used_bytes -= self._held_bytes
-        self._held_bytes = 0
         if not self._started:
             self._start(must=True)
         self.push()
-        future, cost = self._started[0]
+        future = self._started[0]
         self._ahead.hungry(not future.done())
         future.exception()  # waits; an interrupt here leaves the item where it is
         self._started.popleft()
-        self._held_bytes = cost
         try:
             return future.result()
         finally:
             del future  # else a raised error, its traceback and this frame keep each other alive
 
     def _start(self, *, must: bool) -> bool:
-        """Start the next item, if there is room: in this queue's number, in memory, and where it is to be put."""
+        """Start the next item, if there is room: in this queue's number, and where it is to be put."""
         if not must and len(self._started) >= self._ahead.items_ahead:
             return False
         item = self._asked[0]
-        if self._next_cost is None:
-            try:
-                self._next_cost = max(0, self._cost(item))
-            except Exception as error:  # noqa: BLE001 - as load's own
-                self._asked.popleft()
-                failed: Future[R] = Future()
-                failed.set_exception(error)
-                self._started.append((failed, 0))
-                return True
-        cost = self._next_cost
-        alone = not self._started and not self._held_bytes
-        if not alone and not must and self._ahead.used_bytes + cost > self._ahead.memory_limit_bytes:
-            return False
         if not self._room(item, must):
             return False
         self._asked.popleft()
-        self._next_cost = None
-        self._ahead.used_bytes += cost
-        self._started.append((self._ahead.submit(self._load, item), cost))
+        self._started.append(self._ahead.submit(self._load, item))
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -33,26 +32,24 @@ def from_file(
     limits: Limits,
     max_seconds: float | None,
     start_seconds: float = 0.0,
-    room: Callable[[int], contextlib.AbstractContextManager[Any]] = lambda taken_bytes: contextlib.nullcontext(),
+    reserve: Callable[[int], None] = lambda count: None,
 ) -> Sound:
     """The sound of a file that is within its size limit; max_seconds from start_seconds on only. Raises MediaError.
 
-    room: of the peak of the bytes that it takes, the context in which it is decoded.
+    reserve: called with the bytes that it takes at its peak, before it is decoded.
     """
     try:
         sound = _soundfile(file)
     except Exception:  # noqa: BLE001 - whatever it is, PyAV may know the format
-        with room(_peak_bytes(None, size_bytes, limits, max_seconds)):
-            return _from_av(file, limits, max_seconds, start_seconds)
+        reserve(_peak_bytes(None, size_bytes, limits, max_seconds))
+        return _from_av(file, limits, max_seconds, start_seconds)
     with sound:
-        peak_bytes = _peak_bytes(sound, size_bytes, limits, max_seconds)
+        reserve(_peak_bytes(sound, size_bytes, limits, max_seconds))
         counted = sound.format != "MP3" or _is_counted(_start(file, 1 << 16))
         if counted or not _has_av():
-            with room(peak_bytes):
-                return _from_soundfile(sound, file, size_bytes, limits, max_seconds, start_seconds, counted)
+            return _from_soundfile(sound, file, size_bytes, limits, max_seconds, start_seconds, counted)
     # libsndfile guesses such a file's length from its first bit rate, and reads no further than its guess.
-    with room(peak_bytes):
-        return _from_av(file, limits, max_seconds, start_seconds)
+    return _from_av(file, limits, max_seconds, start_seconds)
 
 
 def file_seconds(file: BinaryIO) -> float | None:

@@ -20,11 +20,6 @@ from mmpipe.media.limits import Limits
 from mmpipe.media.views import View, part_of_picture, part_of_text, shorter_share
 
 _UNKNOWN_BYTES = 1 << 16  # estimate for what can't be looked into: it will fail early, or is small
-_SMALL_FILE = 1 << 17  # bytes; what one takes is granted unseen
-_GRANTED = 128  # bytes for each of such a file's: what a sound is guessed to take, and nearly no picture more
-
-Room = Callable[[int], contextlib.AbstractContextManager[Any]]
-
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -35,7 +30,7 @@ def load(
     limits: Limits = Limits(),  # noqa: B008 - frozen
     max_seconds: float | None = None,
     smallest_side: int | None = None,
-    room: Room = lambda taken_bytes: contextlib.nullcontext(),
+    reserve: Callable[[int], None] = lambda count: None,
 ) -> Any:
     """The decoded medium.
 
@@ -46,8 +41,8 @@ def load(
     smallest_side: a JPEG may be decoded smaller than it is (a half, a quarter, an eighth), as long as the shorter side
     of what is looked at keeps so many pixels. It is faster, and its pixels are means of the exact ones. None: exactly.
 
-    room: called with the bytes that a picture or a sound is about to take at its peak, as its header says, for the
-    context in which it is decoded; it may wait.
+    reserve: called with the bytes that a picture or a sound takes at its peak, as its header says, before it is
+    decoded; it may wait.
 
     source: a Path or bytes; a str, which is the text itself, else a path; a PIL image; an array or tensor of pixels
     ([h, w], [h, w, c] or [c, h, w]; whole numbers 0..255 or floats 0..1); (samples [n] or [channels, n], rate_hz); a
@@ -60,7 +55,7 @@ def load(
     try:
         if isinstance(source, View) and modality != "audio":
             side = None if smallest_side is None else math.ceil(smallest_side / shorter_share(source))
-            whole = load(modality, source.source, limits=limits, smallest_side=side, room=room)
+            whole = load(modality, source.source, limits=limits, smallest_side=side, reserve=reserve)
             return part_of_picture(whole, source) if modality == "image" else part_of_text(whole, source)
         start_seconds, source = (source.start, source.source) if isinstance(source, View) else (0.0, source)
         if isinstance(source, str) and modality == "text":
@@ -68,10 +63,12 @@ def load(
         if is_file(source):
             with opened(modality, source, limits) as (file, size_bytes):
                 if modality == "image":
-                    return image.from_file(file, limits, smallest_side, room)
+                    return image.from_file(file, limits, smallest_side, reserve)
                 if modality == "text":
                     return _text_from_file(file, size_bytes, limits)
-                return audio.from_file(file, size_bytes, limits, max_seconds, start_seconds, room)
+                return audio.from_file(file, size_bytes, limits, max_seconds, start_seconds, reserve)
+        if modality != "text":
+            reserve(estimate_bytes(modality, source))
         if modality == "image":
             return image.from_memory(source, limits)
         if modality == "audio":
@@ -111,18 +108,6 @@ def estimate_bytes(
             return audio.estimate_file_bytes(file, size_bytes, limits, max_seconds) + _UNKNOWN_BYTES
     except Exception:  # noqa: BLE001 - load says what is wrong; this is only a guess
         return _UNKNOWN_BYTES
-
-
-def granted_bytes(modality: str, source: Any) -> int | None:
-    """What a small file may take before anybody has looked into it: reading its header would take as long as much of
-    its decoding. `load` says if it is more. None: for all others ask `estimate_bytes`. Never raises."""
-    if modality == "text" or not isinstance(source, str | os.PathLike):
-        return None
-    try:
-        size_bytes = os.stat(source).st_size
-    except (OSError, ValueError, TypeError):  # load says what is wrong
-        return _UNKNOWN_BYTES
-    return None if size_bytes > _SMALL_FILE else max(_GRANTED * size_bytes, 4 * _UNKNOWN_BYTES) + _UNKNOWN_BYTES
 
 
 def picture_size(source: Any, limits: Limits = Limits()) -> tuple[int, int] | None:  # noqa: B008 - frozen

@@ -25,16 +25,16 @@ def from_file(
     file: BinaryIO,
     limits: Limits,
     smallest_side: int | None = None,
-    room: Callable[[int], contextlib.AbstractContextManager[Any]] = lambda taken_bytes: contextlib.nullcontext(),
+    reserve: Callable[[int], None] = lambda count: None,
 ) -> Image.Image:
     """The first frame of a file that is within its size limit, in RGB. Raises MediaError.
 
     smallest_side: a JPEG may come out at a half, a quarter or an eighth, its shorter side no less than these pixels.
-    room: of the peak of the bytes that it takes, the context in which it is decoded.
+    reserve: called with the bytes that it takes at its peak, before it is decoded.
     """
     picture = _header(file, limits)
-    with room(_peak_bytes(picture, smallest_side)):
-        return _rgb(_loaded(picture))
+    reserve(_peak_bytes(picture, smallest_side))
+    return _rgb(_loaded(picture))
 
 
 def from_memory(source: Any, limits: Limits) -> Image.Image:

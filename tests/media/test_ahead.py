@@ -1,4 +1,4 @@
-"""Order, the bound on memory, errors in their place, and no thread left."""
+"""Order, errors in their place, and no thread left."""
 
 from __future__ import annotations
 
@@ -17,74 +17,54 @@ def own_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("mmpipe-ahead")]
 
 
-class Meter:
-    """What is started and not yet consumed, and the most it ever was."""
-
-    def __init__(self) -> None:
-        self.lock, self.now, self.items, self.over, self.most_items = threading.Lock(), 0, 0, False, 0
-
-    def add(self, cost: int, limit: int) -> None:
-        with self.lock:
-            self.over |= self.now > 0 and self.now + cost > limit
-            self.now += cost
-            self.items += 1
-            self.most_items = max(self.most_items, self.items)
-
-    def consumed(self, cost: int) -> None:
-        with self.lock:
-            self.now -= cost
-            self.items -= 1
-
-
 @settings(max_examples=80, deadline=None)
 @given(
-    costs=st.lists(st.integers(0, 12), max_size=30),
-    limit=st.integers(1, 20),
+    count=st.integers(0, 30),
     workers=st.integers(1, 4),
     items_ahead=st.integers(1, 6),
     stop_after=st.none() | st.integers(0, 10),
 )
-def test_in_order_within_the_bound(
-    costs: list[int], limit: int, workers: int, items_ahead: int, stop_after: int | None
-) -> None:
-    meter = Meter()
+def test_in_order_and_no_more_than_allowed(count: int, workers: int, items_ahead: int, stop_after: int | None) -> None:
+    lock, now, most = threading.Lock(), [0], [0]
 
-    def load(item: tuple[int, int]) -> int:
-        meter.add(item[1], limit)
-        time.sleep((item[0] * 7 % 3) * 1e-4)
-        return item[0]
+    def load(item: int) -> int:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep((item * 7 % 3) * 1e-4)
+        return item
 
     got: list[int] = []
-    with Ahead(workers, limit, items_ahead=items_ahead) as ahead:
-        queue = ahead.queue(load, lambda item: item[1])
-        queue.put(enumerate(costs))
-        for position in range(len(costs)):
+    with Ahead(workers, items_ahead=items_ahead) as ahead:
+        queue = ahead.queue(load)
+        queue.put(range(count))
+        for position in range(count):
             if position == stop_after:
                 break
             got.append(queue.get())
-            meter.consumed(costs[position])
+            with lock:
+                now[0] -= 1
         else:
             with pytest.raises(IndexError):
                 queue.get()
-    assert got == list(range(len(costs)))[:stop_after]
-    assert not meter.over
-    assert meter.most_items <= items_ahead
+    assert got == list(range(count))[:stop_after]
+    assert most[0] <= items_ahead
     assert own_threads() == []
 
 
 def test_it_works_ahead_of_its_consumer() -> None:
     """Four items that wait for each other: only workers side by side get through."""
     together = threading.Barrier(4, timeout=20)
-    with Ahead(4, 100) as ahead:
-        queue = ahead.queue(lambda _: together.wait(), lambda _: 1)
+    with Ahead(4) as ahead:
+        queue = ahead.queue(lambda _: together.wait())
         queue.put(range(4))
         assert sorted(queue.get() for _ in range(4)) == [0, 1, 2, 3]
 
 
 def test_no_more_ahead_than_allowed() -> None:
     started: list[int] = []
-    with Ahead(1, 100, items_ahead=3) as ahead:
-        queue = ahead.queue(lambda item: item, lambda item: started.append(item) or 1)  # type: ignore[func-returns-value]
+    with Ahead(1, items_ahead=3) as ahead:
+        queue = ahead.queue(lambda item: item, lambda item, wait: started.append(item) or True)  # type: ignore[func-returns-value]
         queue.put(range(20))
         for position in range(5):
             assert queue.get() == position
@@ -94,8 +74,8 @@ def test_no_more_ahead_than_allowed() -> None:
 
 def test_what_is_asked_for_later_begins_at_once() -> None:
     go = threading.Event()
-    with Ahead(2, 100) as ahead:
-        queue = ahead.queue(lambda item: go.set() or item, lambda _: 1)
+    with Ahead(2) as ahead:
+        queue = ahead.queue(lambda item: go.set() or item)
         assert not queue.ready()  # nothing is to come
         queue.put([1])
         assert go.wait(20)  # though nobody has asked for its result
@@ -117,15 +97,15 @@ def test_half_of_the_threads_rest_while_the_consumer_has_enough() -> None:
             now[0] -= 1
         return item
 
-    with Ahead(4, 1000, items_ahead=100) as ahead:
-        queue = ahead.queue(load, lambda _: 1)
+    with Ahead(4, items_ahead=100) as ahead:
+        queue = ahead.queue(load)
         queue.put(range(8))
         assert [queue.get() for _ in range(8)] == list(range(8))  # it waits: all four
         assert most[0] > 2
         ahead.hungry(False)
         most[0] = 0
         queue.put(range(20))
-        while len([f for f, _ in queue._started if f.done()]) < 20:
+        while len([f for f in queue._started if f.done()]) < 20:
             time.sleep(0.001)
         assert most[0] <= 2
         assert [queue.get() for _ in range(20)] == list(range(20))
@@ -145,8 +125,8 @@ def test_as_many_go_on_beside_a_busy_consumer_as_it_allows(beside: int) -> None:
             now[0] -= 1
         return item
 
-    with Ahead(4, 1000, items_ahead=200, beside=beside) as ahead:
-        queue = ahead.queue(load, lambda _: 1)
+    with Ahead(4, items_ahead=200, beside=beside) as ahead:
+        queue = ahead.queue(load)
         ahead.hungry(False)
         queue.put(range(100))
         time.sleep(0.05)
@@ -157,8 +137,8 @@ def test_as_many_go_on_beside_a_busy_consumer_as_it_allows(beside: int) -> None:
 
 
 def test_what_waits_beside_a_busy_consumer_ends_with_it() -> None:
-    with Ahead(2, 100, beside=0) as ahead:
-        queue = ahead.queue(lambda item: item, lambda _: 1)
+    with Ahead(2, beside=0) as ahead:
+        queue = ahead.queue(lambda item: item)
         ahead.hungry(False)
         queue.put(range(6))
         queue.drop()
@@ -174,49 +154,13 @@ def test_nothing_begins_without_room_until_it_must() -> None:
         asked.append(wait)
         return wait
 
-    with Ahead(2, 100) as ahead:
-        queue = ahead.queue(lambda item: item, lambda _: 1, room)
+    with Ahead(2) as ahead:
+        queue = ahead.queue(lambda item: item, room)
         queue.put([1, 2])
         assert not queue.ready()
         assert True not in asked
         assert queue.get() == 1
         assert asked.count(True) == 1
-
-
-def test_queues_share_the_bound_and_none_waits_for_another() -> None:
-    go, began = threading.Event(), []
-
-    def load(cost: int) -> int:
-        began.append(cost)
-        go.wait(20)
-        return cost
-
-    with Ahead(4, 10) as ahead:
-        one, other = ahead.queue(load, lambda cost: cost), ahead.queue(load, lambda cost: cost)
-        one.put([8, 3])
-        other.put([7, 1])
-        go.set()
-        assert ahead.used_bytes == 15  # the first of each, whatever they cost
-        assert [other.get(), other.get(), one.get(), one.get()] == [7, 1, 8, 3]
-
-
-def test_an_item_above_the_bound_goes_alone() -> None:
-    running: set[int] = set()
-    seen: list[set[int]] = []
-
-    def load(cost: int) -> int:
-        running.add(cost)
-        time.sleep(0.005)
-        seen.append(set(running))
-        running.discard(cost)
-        return cost
-
-    with Ahead(3, 10) as ahead:
-        queue = ahead.queue(load, lambda cost: cost)
-        queue.put([4, 50, 5])
-        assert [queue.get() for _ in range(3)] == [4, 50, 5]
-    assert {50} in seen
-    assert all(together == {50} for together in seen if 50 in together)
 
 
 def test_errors_come_at_their_place_and_the_rest_follows() -> None:
@@ -225,21 +169,16 @@ def test_errors_come_at_their_place_and_the_rest_follows() -> None:
             raise KeyError(item)
         return item
 
-    def cost(item: int) -> int:
-        if item == 4:
-            raise OSError("no header")
-        return 1
-
     got: list[object] = []
-    with Ahead(2, 100) as ahead:
-        queue = ahead.queue(load, cost)
+    with Ahead(2) as ahead:
+        queue = ahead.queue(load)
         queue.put(range(6))
         while len(queue):
             try:
                 got.append(queue.get())
-            except (KeyError, OSError) as error:
+            except KeyError as error:
                 got.append(type(error))
-    assert got == [0, 1, KeyError, 3, OSError, 5]
+    assert got == [0, 1, KeyError, 3, 4, 5]
 
 
 @pytest.mark.parametrize("how", ["leave", "interrupt"])
@@ -254,8 +193,8 @@ def test_what_has_not_started_never_does(how: str) -> None:
         return item
 
     def interrupted() -> None:
-        with Ahead(1, 100, items_ahead=8) as ahead:
-            queue = ahead.queue(load, lambda _: 1)
+        with Ahead(1, items_ahead=8) as ahead:
+            queue = ahead.queue(load)
             queue.put(range(100))
             assert queue.get() == 0
             threading.Timer(0.05, go.set).start()
@@ -274,7 +213,7 @@ def test_what_has_not_started_never_does(how: str) -> None:
 def test_without_threads_each_item_is_loaded_when_it_is_asked_for() -> None:
     loaded: list[int] = []
     with Here() as here:
-        queue = here.queue(lambda item: loaded.append(item) or 10 // item, lambda _: 1)  # type: ignore[func-returns-value]
+        queue = here.queue(lambda item: loaded.append(item) or 10 // item)  # type: ignore[func-returns-value]
         queue.put([2, 0, 5])
         assert loaded == []
         assert queue.get() == 5
@@ -293,23 +232,23 @@ def test_what_is_dropped_is_forgotten() -> None:
         go.wait(20)
         return item
 
-    with Ahead(1, 100, items_ahead=3) as ahead:
-        queue = ahead.queue(load, lambda _: 1)
+    with Ahead(1, items_ahead=3) as ahead:
+        queue = ahead.queue(load)
         queue.put(range(10))
         assert queue.unstarted() == 7
         ahead.hungry(False)
         threading.Timer(0.02, go.set).start()
         queue.drop()
-        assert (len(queue), ahead.used_bytes) == (0, 0)
+        assert len(queue) == 0
         queue.put([77])
         assert queue.get() == 77
     assert len(started) <= 2
 
 
-@pytest.mark.parametrize("wrong", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
-def test_wrong_bounds(wrong: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("wrong", [(0, 1), (1, 0)])
+def test_wrong_bounds(wrong: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="workers"):
-        Ahead(wrong[0], wrong[1], items_ahead=wrong[2])
+        Ahead(wrong[0], items_ahead=wrong[1])
 
 
 def test_its_threads_compute_alone_and_the_consumer_as_before() -> None:
@@ -317,13 +256,13 @@ def test_its_threads_compute_alone_and_the_consumer_as_before() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with Ahead(2, 100) as ahead:
+        with Ahead(2) as ahead:
 
             def threads(item: int) -> int:
                 torch.randn(100_000).exp()  # the first operation of a thread sets its number anew
                 return torch.get_num_threads()
 
-            queue = ahead.queue(threads, lambda item: 1)
+            queue = ahead.queue(threads)
             queue.put(range(8))
             assert [queue.get() for _ in range(8)] == [1] * 8
             assert torch.get_num_threads() == 3

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from support.made import RATE_HZ, encoded, half, holed, m4a, nan_wav, picture, png_header, sound
 
 from mmpipe.errors import MediaError
-from mmpipe.media import Limits, estimate_bytes, granted_bytes, load
+from mmpipe.media import Limits, estimate_bytes, load
 
 BROKEN: list[tuple[str, Callable[[], bytes], str, str]] = [
     ("a.jpg", lambda: b"", "image", "empty"),
@@ -190,37 +188,9 @@ def test_estimates_hold(tmp_path: Path) -> None:
     assert estimate_bytes("audio", (np.zeros(1000, np.float32), RATE_HZ)) >= 4000
 
 
-def test_small_files_are_granted_what_nearly_all_of_them_take(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    for modality, data in (
-        ("image", encoded(picture(112, 112), "JPEG")),
-        ("image", encoded(picture(112, 112), "JPEG", progressive=True)),
-        ("image", encoded(picture(112, 112).convert("L"), "PNG")),
-        ("audio", sound("FLAC", 3)),
-        ("audio", sound("MP3", 3)),
-        ("audio", m4a(3)),
-    ):
-        path.write_bytes(data)
-        granted = granted_bytes(modality, path)
-        assert granted is not None
-        assert granted >= estimate_bytes(modality, path)
-    for modality, source in (("text", path), ("image", path.read_bytes()), ("image", picture())):
-        assert granted_bytes(modality, source) is None
-    path.write_bytes(bytes(200_000))
-    assert granted_bytes("image", path) is None
-    for nothing in (tmp_path / "missing", "nul\0"):
-        assert granted_bytes("image", nothing) == 1 << 16
-
-
 def test_before_it_is_decoded_it_says_what_it_takes(tmp_path: Path) -> None:
-    """As estimated; and it is decoded inside the context that it gets."""
+    """As estimated; and it waits for the answer."""
     taken: list[int] = []
-    inside = threading.Lock()
-
-    def room(taken_bytes: int) -> Any:
-        taken.append(taken_bytes)
-        return inside
-
     for modality, data in (
         ("image", encoded(picture(), "PNG")),
         ("image", encoded(picture(600, 400), "JPEG", progressive=True)),
@@ -229,14 +199,17 @@ def test_before_it_is_decoded_it_says_what_it_takes(tmp_path: Path) -> None:
     ):
         path = tmp_path / "x"
         path.write_bytes(data)
-        with inside:
-            waits = threading.Thread(target=load, args=(modality, path), kwargs={"room": room})
-            waits.start()
-            waits.join(0.2)
-            assert waits.is_alive()
-        waits.join()
+        load(modality, path, reserve=taken.append)
         assert estimate_bytes(modality, path) == taken.pop() + (1 << 16)
         assert not taken
+    load("image", picture(), reserve=taken.append)
+    assert taken.pop() >= 3 * 48 * 32
+
+    def refuse(count: int) -> None:
+        raise MemoryError
+
+    with pytest.raises(MediaError, match="not enough memory"):
+        load("image", png_header(300, 300), reserve=refuse)
     with pytest.raises(MediaError):  # a header that can't be read takes nothing
-        load("image", b"\xff\xd8\xff", room=room)
+        load("image", b"\xff\xd8\xff", reserve=taken.append)
     assert not taken

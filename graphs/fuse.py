@@ -391,3 +391,13 @@ def drop_unread_tensors(module: fx.GraphModule) -> None:
         if name not in read:
             path, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(path), leaf)
+
+
+def sweep(graph: FusedGraph) -> int:
+    """Erase what no output reads; inputs stay, they are the caller's."""
+    count = 0
+    for node in reversed(list(graph.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.graph.erase_node(node)
+            count += 1
+    return count

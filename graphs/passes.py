@@ -7,7 +7,7 @@ Every pass keeps every output within rounding (what folds, aligns, or lays out a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.attention import join_attention, merge_products
-from mmpipe.graphs.convolutions import channels_last, fold_batch_norm, give_weights
-from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, outputs_of, set_tensor
+from mmpipe.graphs.convolutions import channels_last, fold_batch_norm, fold_normalisation
+from mmpipe.graphs.fuse import FusedGraph, drop_unread_tensors, get_tensor, mark_of, outputs_of, set_tensor, sweep
 from mmpipe.graphs.layout import straighten
 from mmpipe.graphs.patches import multiply_patches
 from mmpipe.graphs.plan import GraphError
@@ -83,7 +83,7 @@ def drop_noops(graph: FusedGraph) -> int:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
             count += 1
-    return count + _sweep(graph)
+    return count + sweep(graph)
 
 
 def _is_noop(node: fx.Node, embeddings: Collection[fx.Node]) -> bool:
@@ -163,7 +163,7 @@ def fold_constants(graph: FusedGraph) -> int:
         node.replace_all_uses_with(constant)
         graph.graph.erase_node(node)
         count += 1
-    count += _sweep(graph)
+    count += sweep(graph)
     drop_unread_tensors(graph)
     return count
 
@@ -180,76 +180,6 @@ def _pure(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return _RANDOM not in node.target.tags and not node.target._schema.is_mutable
-
-
-def fold_normalisation(graph: FusedGraph) -> int:
-    """conv(scale · x + shift) → conv'(x), where the convolution pads nothing.
-
-    With padding it would be inexact: the border would be padded with 0 instead of with shift.
-    """
-    count = 0
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node.target not in (aten.conv1d.default, aten.conv2d.default):
-            continue
-        if not _unpadded(node) or not all(n.op == "get_attr" for n in node.all_input_nodes[1:]):
-            continue
-        weight_OIK = get_tensor(graph, node.args[1].target)
-        source, scale_I, shift_I = _affine_before(graph, node.args[0], weight_OIK.shape[1], weight_OIK.ndim - 2)
-        if source is node.args[0]:
-            continue
-        has_bias = len(node.args) > 2 and node.args[2] is not None
-        bias_O = get_tensor(graph, node.args[2].target).double() if has_bias else torch.zeros(())
-        kernel = (1, -1, *[1] * (weight_OIK.ndim - 2))
-        double_OIK = weight_OIK.double()
-        shifted_O = (double_OIK * shift_I.reshape(kernel)).flatten(1).sum(1)
-        folded = {"weight": double_OIK * scale_I.reshape(kernel), "bias": bias_O + shifted_O}
-        node.args = (source, *node.args[1:])
-        give_weights(graph, node, node.name, folded, weight_OIK.dtype)
-        count += _sweep(graph)
-    drop_unread_tensors(graph)
-    return count
-
-
-def _unpadded(node: fx.Node) -> bool:
-    """conv(input, weight, bias, stride, padding, dilation, groups): nothing padded, one group."""
-    padding = node.args[4] if len(node.args) > 4 else 0
-    groups = node.args[6] if len(node.args) > 6 else 1
-    zeros = padding == 0 or (isinstance(padding, (list, tuple)) and not any(padding))
-    return bool(zeros and groups == 1 and not node.kwargs)
-
-
-def _affine_before(graph: FusedGraph, node: Any, channels: int, spatial: int) -> tuple[Any, Tensor, Tensor]:
-    """Walk back over + - · / by a constant per channel: (what comes before, scale [channels], shift [channels])."""
-    scale_I, shift_I = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    steps: dict[Any, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-        # conv sees scale · v + shift; v = u op c
-        aten.mul.Tensor: lambda scale, shift, c: (scale * c, shift),
-        aten.div.Tensor: lambda scale, shift, c: (scale / c, shift),
-        aten.add.Tensor: lambda scale, shift, c: (scale, shift + scale * c),
-        aten.sub.Tensor: lambda scale, shift, c: (scale, shift - scale * c),
-    }
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in steps and not node.kwargs:
-        constant_I = _per_channel(graph, node.args[1], channels, spatial)
-        if constant_I is None or len(node.users) != 1 or not isinstance(node.args[0], fx.Node):
-            break
-        if mark_of(node.args[0]).dtype != mark_of(node).dtype or mark_of(node.args[0]).shape != mark_of(node).shape:
-            break
-        scale_I, shift_I = steps[node.target](scale_I, shift_I, constant_I)
-        node = node.args[0]
-    return node, scale_I, shift_I
-
-
-def _per_channel(graph: FusedGraph, argument: Any, channels: int, spatial: int) -> Tensor | None:
-    """A constant as [channels] float64; None when it is none, or varies within a channel."""
-    if isinstance(argument, (int, float)):
-        return torch.full((channels,), float(argument), dtype=torch.float64)
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return None
-    tensor = get_tensor(graph, str(argument.target)).double()
-    shape = [1] * (spatial + 2 - tensor.ndim) + list(tensor.shape)
-    if len(shape) != spatial + 2 or shape[0] != 1 or any(size != 1 for size in shape[2:]):
-        return None
-    return tensor.flatten().expand(channels) if shape[1] in (1, channels) else None
 
 
 def merge_common(graph: FusedGraph) -> int:
@@ -311,7 +241,7 @@ def align_products(graph: FusedGraph) -> int:
         wide.meta["mmpipe"] = replace(mark_of(right), shape=tuple(get_tensor(graph, target).shape))
         node.target, node.args = aten.linear.default, (left, wide, *node.args[2:])
         count += 1
-    _sweep(graph)
+    sweep(graph)
     drop_unread_tensors(graph)
     return count
 
@@ -374,13 +304,3 @@ def _frozen(value: Any) -> Hashable:
         return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
     hash(value)
     return (type(value).__name__, value)  # 1, 1.0 and True are three arguments
-
-
-def _sweep(graph: FusedGraph) -> int:
-    """Erase what no output reads; inputs stay, they are the caller's."""
-    count = 0
-    for node in reversed(list(graph.graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.graph.erase_node(node)
-            count += 1
-    return count

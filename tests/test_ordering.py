@@ -16,6 +16,7 @@ ALLOWED = {
     ("mmpipe/media/ahead.py", "threading"): "decoders' turns: how many may take a core",
     ("mmpipe/decoders.py", "threading"): "a lock: decoding threads share the processes",
     ("mmpipe/decoders.py", "multiprocessing.connection"): "messages to processes that decode: files, no device",
+    ("mmpipe/media/room.py", "threading"): "decoders wait for the host's memory",
     ("mmpipe/feed.py", "threading"): "a lock around what decoders count; who has the same medium waits for its decoder",
     ("mmpipe/cache/store.py", "threading"): "a lock: decoders look up at once",
     ("mmpipe/cache/disk.py", "threading"): "a lock: decoders share one connection",

@@ -124,7 +124,7 @@ def run_job(
     audit: Auditor | None = None
     if settings.audit is not None:
         audit = Auditor(settings.audit, lambda chosen: engine.run(chosen, exits=False)[0], progress.say)
-    began = time.perf_counter()
+    began, cores = time.perf_counter(), time.process_time()
     with claimed(folder, mode), _Signals() as signals:
         fingerprints = engine.fingerprints(samples)
         stopped: MmpipeError | None = None
@@ -158,7 +158,7 @@ def run_job(
             stopped.__cause__ = error
         finally:
             progress.finish()
-        seconds = time.perf_counter() - began
+        seconds = {"total": time.perf_counter() - began, "cpu": time.process_time() - cores}
         run = _run_json(settings, tally, fingerprints, seconds, stopped, audit)
         # A disk that is full stays full: what stopped the job is then what to tell.
         with contextlib.suppress(MmpipeError) if stopped else contextlib.nullcontext(), writing(folder):
@@ -229,15 +229,15 @@ def _run_json(
     settings: JobSettings,
     tally: Tally,
     fingerprints: Mapping[str, str],
-    seconds: float,
+    seconds: Mapping[str, float],
     stopped: MmpipeError | None,
     audit: Auditor | None,
 ) -> dict[str, Any]:
     spent = dict(tally.seconds)
     again = spent.pop("deliberating", 0.0)  # its segments are counted with the others
-    parts = {
-        name: round(spent.pop(name, 0.0), 4) for name in ("decode", "waiting", "fuse", "write")
-    }  # decode: core-seconds on the workers; waiting: the model's, for media; fuse: load, capture, fuse, cut
+    # cpu: of all threads of this process; decode: core-seconds on the workers; waiting: the model's, for media; fuse:
+    # load, capture, fuse, cut
+    parts = {name: round(spent.pop(name, 0.0), 4) for name in ("decode", "waiting", "fuse", "write")}
     worth, bucket = worth_of(tally), int(settings.resolved["batch_size"])
     return {
         "rows": tally.rows,
@@ -248,9 +248,9 @@ def _run_json(
             "hits": {name: tally.recalled[name] for name in settings.dims},
             "misses": {name: tally.missed[name] for name in settings.dims},
         },
-        "items_per_second": round(tally.rows / seconds, 3) if seconds else 0.0,
+        "items_per_second": round(tally.rows / seconds["total"], 3) if seconds["total"] else 0.0,
         "seconds": {
-            "total": round(seconds, 4),
+            **{name: round(value, 4) for name, value in seconds.items()},
             **parts,
             "segments": {name: round(value, 4) for name, value in sorted(spent.items())},
         },

@@ -9,6 +9,7 @@ from torch import nn
 
 from mmpipe.graphs import passes
 from mmpipe.graphs.capture import capture
+from mmpipe.graphs.convolutions import fold_normalisation
 from mmpipe.graphs.fuse import ExitSpec, fuse
 
 aten = torch.ops.aten
@@ -159,7 +160,7 @@ def test_fold_normalisation_into_an_unpadded_convolution():
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     graph = only(Normalised(0), ROWS["image"])
     want = run(graph, pixels)
-    assert passes.fold_normalisation(graph) == 3 + 3  # div, sub, div; and weight, mean, std as they were
+    assert fold_normalisation(graph) == 3 + 3  # div, sub, div; and weight, mean, std as they were
     assert targets(graph)[:2] == [aten.to.dtype, aten.conv2d.default]
     assert (run(graph, pixels) - want).abs().max() <= 2e-6 * want.abs().max().clamp_min(1)
 
@@ -167,7 +168,7 @@ def test_fold_normalisation_into_an_unpadded_convolution():
 def test_a_padded_convolution_keeps_its_normalisation():
     graph = only(Normalised(1), ROWS["image"])
     before = targets(graph)
-    assert passes.fold_normalisation(graph) == 0
+    assert fold_normalisation(graph) == 0
     assert targets(graph) == before
 
 
@@ -182,7 +183,7 @@ def test_a_value_that_something_else_reads_is_not_folded_away():
             return self.conv(x).mean((2, 3)) + x.mean((1, 2, 3))[:, None]
 
     graph = only(Module(), ROWS["image"])
-    assert passes.fold_normalisation(graph) == 0
+    assert fold_normalisation(graph) == 0
 
 
 def test_order_of_branches_is_the_order_of_presence():

@@ -17,6 +17,10 @@ def find_samples(config: Config, folder: str | Path | None = None) -> media.List
     root, manifest = _given(config, folder)
     if manifest is None and root is None:
         raise config.error("input", "nothing to read", "set input.folder or input.manifest, or give --input PATH")
+    for key in ("columns", "keep") if manifest is None and settings.manifest is None else ():
+        if getattr(settings, key):
+            message = f"{key} is for a manifest, and there is none"
+            raise config.error(f"input.{key}", message, f"add input.manifest, give --input TABLE, or remove {key}")
     listing = media.find(
         root,
         pair_by=settings.pair_by or "stem",

@@ -292,3 +292,14 @@ def test_predict_of_a_file_that_is_not_there_is_bad_usage(here):
     code, results, told = here("predict", "words.yaml", "--image", "nope.jpg", "--text", "mug")
     assert (code, results) == (2, "")
     assert "--image: 'nope.jpg': there is no such file" in told
+
+
+def test_columns_of_a_table_that_is_given_on_the_command_line(here, shop):
+    """`keep` without a manifest is refused where a folder is read, not where a table is."""
+    (shop / "items.csv").write_text("id,text,price\none,a red shoe,5\ntwo,a blue bag,6\n", encoding="utf-8")
+    code, _, told = here("check", "words.yaml", "--set", "input.keep=[price]")
+    assert code == 2
+    assert "input.keep: keep is for a manifest, and there is none" in told
+    run = ("run", "words.yaml", "--output", "kept", "--set")
+    assert here(*run, "input.keep=[price]", "--input", "items.csv")[0] == 0
+    assert pq.read_table(shop / "kept" / "predictions")["price"].to_pylist() == ["5", "6"]

@@ -344,14 +344,6 @@ def _input(config: Config) -> Iterator[Problem]:
         for key in ("pattern", "pair_by"):
             if getattr(given, key):
                 yield Problem(f"input.{key}", f"{key} is for a folder, and this input is a manifest", f"remove {key}")
-    else:
-        for key in ("columns", "keep"):
-            if getattr(given, key):
-                yield Problem(
-                    f"input.{key}",
-                    f"{key} is for a manifest, and there is none",
-                    f"add input.manifest, or remove {key}",
-                )
     for modality, pattern in given.pattern.items():
         path = f"input.pattern.{modality}"
         if pattern.count("{id}") != 1 or "{" in pattern.replace("{id}", ""):

@@ -214,7 +214,8 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
     if resolved.lanes == 1:
         found.append(("a second lane", resolved.reasons["lanes"]))
     if len(plan.exits) == 1:
-        found.append(("exits", "fusion.exits is empty: every sample goes through every encoder it has a medium for"))
+        empty = "the calibration certified none" if pipeline.config.fusion.calibration else "fusion.exits is empty"
+        found.append(("exits", f"{empty}: every sample goes through every encoder it has a medium for"))
     if resolved.cache == "off":
         found.append(("embedding cache", resolved.reasons["cache"]))
     for segment in segments:

@@ -183,8 +183,6 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}input: {{pair_by: stem, pattern: {{image: '{{id}}.jpg'}}}}\n", 4, "input.pattern", "pair_by"),
     (f"{START}input: {{pattern: {{image: 'a.jpg'}}}}\n", 4, "input.pattern.image", "{id}"),
     (f"{START}input: {{pattern: {{image: '../{{id}}.jpg'}}}}\n", 4, "input.pattern.image", "leaves"),
-    (f"{START}input: {{folder: a, keep: [price]}}\n", 4, "input.keep", "manifest"),
-    (f"{START}input: {{columns: {{id: sku}}}}\n", 4, "input.columns", "manifest"),
     (f"{START}input: {{manifest: a.csv, columns: {{name: sku}}}}\n", 4, "input.columns.name", "id, image"),
     (f"{START}input: {{max_failed: 101%}}\n", 4, "input.max_failed", "100%"),
     (f"{START}input: {{decode: faster}}\n", 4, "input.decode", "fast"),

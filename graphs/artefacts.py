@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+LIMIT_BYTES = 10 << 30  # of a folder's files; engines hold their weights
 _HASH_BYTES = hashlib.sha256().digest_size  # each file begins with the hash of the rest
 
 
@@ -22,8 +23,16 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def kept(folder: Path | None, name: str, make: Callable[[], bytes], tell: Callable[[str], None] = _warn) -> bytes:
+def kept(
+    folder: Path | None,
+    name: str,
+    make: Callable[[], bytes],
+    tell: Callable[[str], None] = _warn,
+    limit_bytes: int = LIMIT_BYTES,
+) -> bytes:
     """The bytes under `name` in `folder`; else what `make` gives, which is kept there. None: nothing is kept.
+
+    Where the folder's files are more than `limit_bytes` together, those that were not used for longest go.
 
     The folder is made if need be, with mode 0700. Where it is another's, open to others, or can't be written, nothing
     of it is used, and `tell` (a RuntimeWarning) says so.
@@ -39,6 +48,7 @@ def kept(folder: Path | None, name: str, make: Callable[[], bytes], tell: Callab
         found = make()
         try:
             _write(folder, name, found)
+            _make_room(folder, limit_bytes)
         except OSError as error:
             tell(f"{folder}: {name} is not kept, and will be made again: {error.strerror or error}")
     return found
@@ -66,6 +76,7 @@ def _read(path: Path) -> bytes | None:
             if found.st_uid != os.geteuid() or found.st_mode & 0o022:
                 return None
             recorded, content = file.read(_HASH_BYTES), file.read()
+        os.utime(path)  # used now
     except OSError:
         return None
     return content if hashlib.sha256(content).digest() == recorded else None
@@ -83,3 +94,20 @@ def _write(folder: Path, name: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
+
+
+def _make_room(folder: Path, limit_bytes: int) -> None:
+    """Another process may be doing the same, or reading: what is gone is gone, and who has a file open keeps it."""
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                found.append((status.st_mtime_ns, status.st_size, entry.path))
+    over = sum(size for _, size, _ in found) - limit_bytes
+    for _, size, path in sorted(found)[:-1]:  # the one that was just made stays
+        if over <= 0:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        over -= size

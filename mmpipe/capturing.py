@@ -30,6 +30,7 @@ from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.plan import HEAD, PRESENCE
 from mmpipe.machine import versions
 
+_LIMIT_BYTES = 100 << 20  # of all graphs; one takes some tens of kB
 _CODE = ("mmpipe.encoders", "mmpipe.fusion", "mmpipe.graphs")
 # whose code or version is part of the name; a module with a part of another's is captured every time
 _KNOWN = (*_CODE, "mmpipe.capturing", "torch", "torchvision", "torchaudio", "transformers", "open_clip", "timm")
@@ -101,7 +102,11 @@ def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Calla
     try:
         # in silence where the folder can't be used: the cache of embeddings is beside it, and tells
         content = kept(
-            folder, f"{hashlib.sha256(known.encode()).hexdigest()}.graph", make_plain, tell=lambda text: None
+            folder,
+            f"{hashlib.sha256(known.encode()).hexdigest()}.graph",
+            make_plain,
+            tell=lambda text: None,
+            limit_bytes=_LIMIT_BYTES,
         )
     except plain.Unwritable:
         content = b""

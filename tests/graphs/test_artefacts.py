@@ -88,3 +88,15 @@ def test_a_file_in_the_folders_place_and_a_full_disk_are_said(tmp_path, monkeypa
     with pytest.warns(RuntimeWarning, match=r"a.bin is not kept, .*: No space left on device"):
         assert kept(tmp_path, "a.bin", Maker()) == b"made"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path):
+    for age, name in enumerate("dcba"):
+        kept(tmp_path, name, Maker(bytes(1000)))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    kept(tmp_path, "a", Maker())  # used: it is the newest now
+    (tmp_path / "folder").mkdir()
+    kept(tmp_path, "e", Maker(bytes(1000)), limit_bytes=3500)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d", "e", "folder"]
+    kept(tmp_path, "f", Maker(bytes(9000)), limit_bytes=3500)  # too large for the limit, and needed now
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "folder"]

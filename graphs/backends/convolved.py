@@ -53,7 +53,7 @@ def _fits(module: fx.GraphModule, node: fx.Node, rows: int) -> bool:
         return False
     weight, *given = node.args[1:]
     kernel, kind = get_tensor(module, str(weight.target)).shape[2:], mark_of(node).dtype  # type: ignore[union-attr]
-    if kind == torch.bfloat16 and not multiplies_bfloat16():
+    if kind not in (torch.float32, torch.bfloat16) or (kind == torch.bfloat16 and not multiplies_bfloat16()):
         return False
     if kind == torch.float32 and rows == 1 and kernel == (1, 1):
         return False
@@ -106,10 +106,17 @@ def _join(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _comes_last(module: fx.GraphModule, image: Any) -> bool:
-    """Whether channels are sure to lie last in what a convolution reads."""
-    while isinstance(image, fx.Node) and image.target in _KEEP_LAYOUT:
+    """Whether channels are sure to lie last in what a convolution reads: some convolution before it has a weight that
+    can't be taken for one whose channels come first, as those of one place, or of one channel, can."""
+    while isinstance(image, fx.Node) and image.args:
+        if _lays_last(module, image):
+            weights = [get_tensor(module, str(n.target)) for n in image.all_input_nodes if n.op == "get_attr"]
+            if not all(weight.is_contiguous() for weight in weights if weight.ndim == 4):
+                return True
+        elif image.target not in _KEEP_LAYOUT:
+            return False
         image = image.args[0]
-    return _lays_last(module, image)
+    return False
 
 
 def _groups(node: fx.Node) -> Any:

@@ -140,6 +140,35 @@ def test_sums_with_an_activation_however_the_picture_lies(first, kernel, groups,
     assert (found - wanted).abs().max() <= (2e-6 if dtype == torch.float32 else 1e-2) * wanted.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("between", ["nothing", "pool", "sum"])
+@pytest.mark.parametrize("before", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1, "groups": CHANNELS}])
+def test_a_weight_that_could_lie_either_way_says_nothing_of_its_result(before, between, dtype):
+    """A weight of one place or one channel is in both orders: what it makes of a picture lies as the picture does."""
+
+    def after(self, x):
+        y = self.before(x)
+        y = {"nothing": lambda: y, "pool": lambda: F.max_pool2d(y, 1), "sum": lambda: y + x}[between]()
+        return (self.two(y) + x).relu()
+
+    module = Layers(after, kernel_size=1, padding=0)
+    module.before = nn.Conv2d(CHANNELS, CHANNELS, **before)
+    short = lowered(segment_of(module)[1], dtype)
+    made = convolved(short, ROWS)
+    assert joined(made) >= 1
+    with torch.inference_mode():
+        (found,), (wanted,) = made(pictures()), short(pictures())
+    assert (found - wanted).abs().max() <= (2e-6 if dtype == torch.float32 else 1e-2) * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_what_a_model_computes_in_other_types_stays(kind):
+    module = Layers(lambda self, x: self.two(x.to(kind)).relu().float())
+    module.two.to(kind)
+    short = segment_of(module)[1]
+    assert convolved(short, ROWS) is short
+
+
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "count"),
     [

@@ -112,7 +112,7 @@ def share_weights(graph: FusedGraph) -> int:
         if node.target not in done:
             tensor = get_tensor(graph, node.target)
             known = first.setdefault((tuple(tensor.shape), tensor.dtype, _digest(tensor)), [])
-            twin = next((name for name, other in known if _same_bits(tensor, other)), None)
+            twin = next((name for name, other in known if same_bits(tensor, other)), None)
             if twin is None:
                 known.append((node.target, tensor))
             elif tensor.data_ptr() != get_tensor(graph, twin).data_ptr():
@@ -127,7 +127,7 @@ def _digest(tensor: Tensor) -> Hashable:
     return () if tensor.numel() == 0 else (float(tensor.flatten()[0]), float(tensor.flatten()[-1]))
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
         return True
     left, right = one.contiguous().flatten(), other.contiguous().flatten()

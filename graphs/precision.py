@@ -11,6 +11,9 @@ What stays float32, whatever is asked for:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +67,30 @@ def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True, m
     made.graph.lint()
     made.recompile()
     return made
+
+
+_MADE: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("made", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """What is lowered inside shares what is made of the same weights: segments for several lengths of a text."""
+    before = _MADE.set({})
+    try:
+        yield
+    finally:
+        _MADE.reset(before)
+
+
+def once(source: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes of a weight, or what it made before for another segment that shares it."""
+    known = _MADE.get()
+    if known is None:
+        return make()
+    key = (id(source), kind)
+    if key not in known:
+        known[key] = source, make()  # with the source: its id is its own as long as it is there
+    return known[key][1]
 
 
 def shortened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,12 +208,13 @@ class _Lowering:
         if name not in self.constants:
             tensor = get_tensor(self.module, name)
             self.constants[name] = f"{name}_short"
-            set_tensor(self.module, self.constants[name], shortened(tensor, self.dtype))
+            short = once(tensor, self.dtype, lambda: shortened(tensor, self.dtype))
+            set_tensor(self.module, self.constants[name], short)
         with self.graph.inserting_before(node):
-            short = self.graph.get_attr(self.constants[name])
-        short.meta["mmpipe"] = node.meta.get("mmpipe")
-        self.short.add(short)
-        return short
+            constant = self.graph.get_attr(self.constants[name])
+        constant.meta["mmpipe"] = node.meta.get("mmpipe")
+        self.short.add(constant)
+        return constant
 
     def _long(self, node: fx.Node, user: fx.Node) -> fx.Node:
         """The node's value as float32 again."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmpipe.answers import FULL
 from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
-from mmpipe.capturing import captured_encoder, captured_head
+from mmpipe.capturing import Shorter, captured_encoder, captured_head, shorter
 from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders import load as load_encoder
@@ -59,6 +59,7 @@ class Built:
     removed: Mapping[str, int]  # pass → nodes (shared weights: bytes) that it removed
     notes: tuple[str, ...]
     hashing: Future[str]  # → core
+    shorter: Mapping[str, Shorter]  # branches that may be computed at the length of a text
     temperatures: tuple[float, ...] = (1.0,)  # one per exit
     confidence: str = "max_probability"
     max_disagreement: float | None = None  # what the exits promise; None: nothing
@@ -113,11 +114,13 @@ def build(
         without_exits = not_bound(config, mismatch(calibration, model=core.result(), dtype="", backends=()) or "")
     gating = _gating(config, calibration, without_exits)
     say("capturing and fusing")
-    branches = []
+    branches, shortened = [], {}
     for modality, encoder in encoders.items():
         with _as_config_error(config, f"encoders.{modality}.model"):
             about = {"model": by_name[modality].model, "preparation": prepared_by[modality]}
             branches.append(captured_encoder(encoder, modality, about))
+            if (may_be := shorter(encoder, modality, about)) is not None:
+                shortened[modality] = may_be
     exits = gating.exits if classifies else ()
     specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(exits)]
     states = _states(config, encoders) if encoders_only else []
@@ -143,6 +146,7 @@ def build(
         removed,
         tuple(notes),
         core,
+        shortened,
         temperatures=gating.temperatures,
         confidence=gating.confidence,
         max_disagreement=gating.max_disagreement,

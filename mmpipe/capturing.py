@@ -27,6 +27,7 @@ from mmpipe.fusion.heads import DepthHead
 from mmpipe.graphs import plain, recapture
 from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.capture import Captured, capture
+from mmpipe.graphs.lengths import lengths_of
 from mmpipe.graphs.plan import HEAD, PRESENCE
 from mmpipe.machine import versions
 
@@ -49,6 +50,51 @@ def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any
         return capture(module, rows, name=modality, layers=layers)
 
     return make() if built is None else _kept(module, rows, [modality, layers, settings], make)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shorter:
+    """An encoder of texts whose padding it masks: what its shorter texts are captured of."""
+
+    modality: str
+    module: nn.Module
+    rows: Mapping[str, Tensor]  # one sample's inputs, at the longest
+    mask: str  # which of them is 0 at padding
+    settings: Mapping[str, Any]
+
+    @property
+    def longest(self) -> int:
+        return int(self.rows[self.mask].shape[0])
+
+    @property
+    def inputs(self) -> set[str]:
+        return {f"{self.modality}.{name}" for name in self.rows}
+
+    @property
+    def long(self) -> list[str]:
+        """Inputs that have tokens in their first dimension."""
+        return [f"{self.modality}.{n}" for n, row in self.rows.items() if row.ndim and row.shape[0] == self.longest]
+
+    def captured(self, length: int) -> Captured:
+        """Of texts of `length` tokens. Raises GraphError."""
+        rows = {name: self._cut(row, length) for name, row in self.rows.items()}
+
+        def make() -> Captured:
+            return capture(self.module, rows, name=self.modality)
+
+        return _kept(self.module, rows, [self.modality, None, self.settings], make)
+
+    def _cut(self, row: Tensor, length: int) -> Tensor:
+        return row[:length] if row.ndim and row.shape[0] == self.longest else row
+
+
+def shorter(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Shorter | None:
+    """None where it knows no padding, or there is no shorter length."""
+    if not isinstance(encoder, BuiltEncoder) or encoder.mask is None:
+        return None
+    rows = encoder.prepare(encoder.example)
+    found = Shorter(modality, encoder.module.eval(), rows, encoder.mask, settings)
+    return found if len(lengths_of(found.longest)) > 1 else None
 
 
 def captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:

@@ -11,24 +11,30 @@ parity gate (`mmpipe.parity`) stays float32 and eager too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
 
 from mmpipe.cache import folder as cache_folder
+from mmpipe.capturing import Shorter
 from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable, examples_of, lower
-from mmpipe.graphs.cut import Cut
-from mmpipe.graphs.plan import HEAD, Plan, Segment
+from mmpipe.graphs.cut import Cut, cut
+from mmpipe.graphs.fuse import fuse
+from mmpipe.graphs.lengths import ByLength, in_order, lengths_of, rows_at, share_with
+from mmpipe.graphs.passes import optimise
+from mmpipe.graphs.plan import HEAD, GraphError, Plan, Segment
+from mmpipe.graphs.precision import sharing
 from mmpipe.resolved import PLAIN, Choice, Resolved
 from mmpipe.runtime.device import Device
 from mmpipe.tuned import Tuned
 
 # Below it an encoder is mostly calls and copies: a shorter type brings little, and its rounding is felt as much.
 LARGE_NUMBERS = 5_000_000
+TOKENS_FOR_LENGTHS = 65_536  # of a job's texts, padded: a text encoder is captured for several lengths meanwhile
 _GAIN = 1.3  # how much faster a product has to be
 
 
@@ -50,20 +56,26 @@ class Lowering:
     config: Config
     device: Device
     tuned: Tuned
+    shorter: dict[str, Shorter] = field(default_factory=dict)  # branches that may be computed at a text's length
     refused: dict[str, str] = field(default_factory=dict)  # branch → why it stays float32 and eager
+    _lengths: dict[int, Mapping[int, Cut]] = field(default_factory=dict)  # id of a module → by length
     _kept: dict[tuple[object, ...], tuple[GraphModule, Lowered]] = field(default_factory=dict)
 
     def choose(self, made: Cut, rows: int, threads: int, job_rows: int = 0) -> Chosen:
         """`job_rows`: of the job that is about to begin; a compiler is waited for only where that is won back."""
         segments: dict[str, Choice] = {}
         told: list[str] = []
+        at_lengths: list[str] = []
         waiting: list[int] = []
         for segment in made.plan.segments:
             choice, why, pays_from = self._one(made, segment, rows, threads, job_rows)
+            choice = self._by_length(made, segment, choice, job_rows)
             if pays_from is not None:
                 waiting.append(pays_from)
             if choice != PLAIN:
                 segments[segment.name] = choice
+            if choice.lengths:
+                at_lengths.append(f"{segment.name}: texts padded to {', '.join(map(str, choice.lengths))} as they need")
             if why and why not in told:
                 told.append(why)
         dtypes = {choice.dtype for choice in segments.values()} - {"float32"}
@@ -74,7 +86,7 @@ class Lowering:
             segments,
             dtype="+".join(sorted(dtypes)) or "float32",
             backend="+".join(sorted(backends)) or "eager",
-            reasons={"dtype": dtype_why, "backend": "; ".join(told) or self._why_backend()},
+            reasons={"dtype": dtype_why, "backend": "; ".join([*(told or [self._why_backend()]), *at_lengths])},
             more_from=min(waiting, default=None),
         )
 
@@ -126,24 +138,74 @@ class Lowering:
         memory: int | None = None,
     ) -> Lowered:
         """Lowered, or kept from before."""
+        if choice.lengths and id(module) not in self._lengths:  # somebody watches it: it returns more
+            choice = replace(choice, lengths=())
         target = Target(rows, getattr(torch, choice.dtype), threads, compiled_folder(), memory, self.device.name)
         # an engine is built from the host's weights, and holds its own
         placed = module if choice.backend == "tensorrt" else self.device.place(module)
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
             return lower("eager", segment, placed, target)
         inside = memory if choice.backend == "tensorrt" else None
-        key = (id(module), choice, *((0, 0) if choice.backend == "eager" else (rows, threads)), inside)
+        sized = choice.backend != "eager" or bool(choice.lengths)
+        key = (id(module), choice, *((rows, threads) if sized else (0, 0)), inside)
         if key not in self._kept:
             # the plain backend looks where they are, not at them
             examples = examples_of(plan, segment, 1 if choice.backend == "eager" else rows)
             if choice.backend != "tensorrt":
                 examples = tuple(map(self.device.held, examples))
-            self._kept[key] = module, lower(choice.backend, segment, placed, target, examples)
+            if choice.lengths:
+                made = self._family(plan, segment, placed, choice, target)
+            else:
+                made = lower(choice.backend, segment, placed, target, examples)
+            self._kept[key] = module, made
         return self._kept[key][1]
+
+    def _by_length(self, made: Cut, segment: Segment, choice: Choice, job_rows: int) -> Choice:
+        """At the lengths of its texts, where that is captured quickly enough for so many of them."""
+        may_be = self.shorter.get(segment.branch)
+        if may_be is None or segment.branch in self.refused or choice.backend != "eager" or self.device.kind != "cpu":
+            return choice
+        whole = segment.writes == (made.plan.embedding(segment.branch),) and not segment.reads
+        if job_rows * may_be.longest < TOKENS_FOR_LENGTHS or not whole or set(segment.inputs) != may_be.inputs:
+            return choice
+        try:
+            return replace(choice, lengths=(*self._of_lengths(made.modules[segment.name], may_be), may_be.longest))
+        except GraphError:  # a model that knows one length alone
+            del self.shorter[segment.branch]
+            return choice
+
+    def _of_lengths(self, module: GraphModule, may_be: Shorter) -> Mapping[int, Cut]:
+        """length → the encoder alone, captured for it, with the segment's own weights. Raises GraphError."""
+        if id(module) not in self._lengths:
+            found = {}
+            for length in lengths_of(may_be.longest)[:-1]:
+                graph = fuse([may_be.captured(length)], None, [])
+                optimise(graph)
+                found[length] = cut(graph)
+                (one,) = found[length].plan.segments
+                share_with(found[length].modules[one.name], module)
+            self._lengths[id(module)] = found
+        return self._lengths[id(module)]
+
+    def _family(self, plan: Plan, segment: Segment, module: GraphModule, choice: Choice, target: Target) -> Lowered:
+        """A segment lowered for each length of its texts."""
+        may_be, parts = self.shorter[segment.branch], {}
+        with sharing():
+            for length in choice.lengths:
+                one, its = segment, module
+                if length < may_be.longest:
+                    short = self._of_lengths(module, may_be)[length]
+                    (one,) = short.plan.segments
+                    its = short.modules[one.name]
+                at = replace(target, rows=rows_at(length, target.rows))
+                parts[length] = in_order(segment, one, lower("eager", one, its, at, examples_of(plan, segment, 1)))
+        names = list(segment.inputs)
+        return ByLength(parts, names.index(f"{segment.branch}.{may_be.mask}"), [names.index(n) for n in may_be.long])
 
     def forget(self) -> None:
         """What was lowered of a graph that is no more."""
         self._kept.clear()
+        self._lengths.clear()
 
     def _one(
         self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int

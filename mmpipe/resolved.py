@@ -18,6 +18,7 @@ class Choice:
 
     backend: str
     dtype: str  # of its matrix products; "float32", "bfloat16", "float16"
+    lengths: tuple[int, ...] = ()  # a text is padded to the least of these that holds it; (): all to one
 
 
 PLAIN = Choice("eager", "float32")

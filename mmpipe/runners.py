@@ -40,8 +40,9 @@ class Runners:
     def __init__(self, config: Config, built: Built, device: Device) -> None:
         self.config, self.built, self.device = config, built, device
         self.graph: FusedGraph = built.graph
+        self._as_built = self.graph.version
         self.observers = Observers()
-        self.lowering = Lowering(config, device, Tuned())
+        self.lowering = Lowering(config, device, Tuned(), dict(built.shorter))
         self.shift: Shift | None = None  # how far the lowered graph was from float32
         self._proved = False  # the parity gate has seen real samples
         self._cut: Cut | None = None
@@ -63,6 +64,8 @@ class Runners:
             self._cut, self._version = cut(self.graph), self.graph.version
             self.forget_executors()
             self.lowering.forget()
+            if self._version != self._as_built:  # edited: of the encoder as it was loaded nothing more can be made
+                self.lowering.shorter.clear()
             self._plans.clear()
         return self._cut
 

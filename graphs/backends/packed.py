@@ -14,10 +14,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
-from mmpipe.graphs.precision import shortened
+from mmpipe.graphs.precision import once, shortened
 
 aten = torch.ops.aten
 
@@ -80,7 +80,8 @@ def _is_long(module: fx.GraphModule, node: fx.Node) -> bool:
 def _shorten(module: fx.GraphModule, node: fx.Node) -> None:
     weight: Any = node.args[1]
     target = f"{weight.target}_short"
-    set_tensor(module, target, shortened(get_tensor(module, str(weight.target)), torch.bfloat16))
+    matrix = get_tensor(module, str(weight.target))
+    set_tensor(module, target, once(matrix, torch.bfloat16, lambda: shortened(matrix, torch.bfloat16)))
     with module.graph.inserting_before(node):
         short = module.graph.get_attr(target)
     short.meta["mmpipe"] = weight.meta.get("mmpipe")
@@ -93,8 +94,8 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
     try:
         get_tensor(module, target)
     except AttributeError:
-        matrix = shortened(get_tensor(module, str(weight.target)), torch.bfloat16)
-        set_tensor(module, target, torch.ops.mkldnn._reorder_linear_weight(matrix))
+        matrix = get_tensor(module, str(weight.target))
+        set_tensor(module, target, once(matrix, "packed", lambda: _laid_out(matrix)))
     graph = module.graph
     bias = node.args[2] if len(node.args) > 2 else None
     if len(node.users) == 1 and _is_seen_otherwise(node, next(iter(node.users))):
@@ -124,6 +125,11 @@ def _pack(module: fx.GraphModule, node: fx.Node) -> None:
 def form_of(activation: fx.Node) -> str:
     """Which of its forms an activation takes: GELU has two."""
     return str(activation.kwargs.get("approximate", "none")) if activation.target is aten.gelu.default else ""
+
+
+def _laid_out(matrix: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(shortened(matrix, torch.bfloat16))
+    return packed
 
 
 def added(node: fx.Node, user: fx.Node) -> fx.Node | None:

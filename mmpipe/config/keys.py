@@ -66,7 +66,9 @@ class EncoderConfig(_Keys):
         default=None, description="Local file or folder with the weights, relative to the YAML."
     )
     max_tokens: Annotated[int, Field(ge=1, le=65536)] | None = Field(
-        default=None, description="Text only: tokens beyond this are cut off. Null: the model's own limit."
+        default=None,
+        description="Text only: tokens beyond this are cut off. Null: the model's own limit. Long jobs pad a text no "
+        "further than to the least of a few lengths that holds it.",
     )
     max_seconds: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Audio only: seconds of sound that are read. Null: the model's own window."

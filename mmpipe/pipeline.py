@@ -212,11 +212,7 @@ class Pipeline:
         if out is None:
             raise self.config.error("output.folder", "no output folder", "set output.folder, or give one")
         refuse(out, mode, inside=input_root(self.config, folder))
-        listing = self.find(folder)
-        with self._lock:
-            self.runners.settle(listing.samples[:limit], self._limits)
-            self._still_calibrated()
-        return run_job(self, listing, out, mode=mode, limit=limit, progress=progress)
+        return run_job(self, self.find(folder), out, mode=mode, limit=limit, progress=progress)
 
     @contextlib.contextmanager
     def observe(self, where: str, callback: Observer) -> Iterator[None]:
@@ -239,8 +235,11 @@ class Pipeline:
                 self.runners.observers.remove(number)
                 self.runners.forget_executors()
 
-    def job_settings(self) -> JobSettings:
-        """What a folder job needs to know of this pipeline."""
+    def job_settings(self, samples: Sequence[Sample]) -> JobSettings:
+        """Decides how these samples will run, and makes ready for it; what a folder job needs to know of it."""
+        with self._lock:
+            self.runners.settle(samples, self._limits)
+            self._still_calibrated()
         source, output = self.config.source, self.config.output
         exits = tuple(exit_.name for exit_ in self.plan.exits) or (FULL,)
         promised = self._built.max_disagreement

@@ -303,3 +303,15 @@ def test_columns_of_a_table_that_is_given_on_the_command_line(here, shop):
     run = ("run", "words.yaml", "--output", "kept", "--set")
     assert here(*run, "input.keep=[price]", "--input", "items.csv")[0] == 0
     assert pq.read_table(shop / "kept" / "predictions")["price"].to_pylist() == ["5", "6"]
+
+
+def test_a_job_on_the_command_line_is_decided_for_as_many_samples_as_it_has(here, monkeypatch):
+    """As `run_folder` does: what is worth measuring or waiting for depends on it."""
+    from mmpipe.runners import Runners
+
+    seen, settle = [], Runners.settle
+    monkeypatch.setattr(
+        Runners, "settle", lambda self, samples, limits: seen.append(len(samples)) or settle(self, samples, limits)
+    )
+    assert here("run", "words.yaml", "--output", "settled", "--limit", "7")[0] == 0
+    assert seen == [7]

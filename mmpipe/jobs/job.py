@@ -52,7 +52,7 @@ class JobSettings:
 class Engine(Protocol):
     """What runs samples: the pipeline."""
 
-    def job_settings(self) -> JobSettings: ...
+    def job_settings(self, samples: Sequence[Sample]) -> JobSettings: ...
 
     def fingerprints(self, samples: Sequence[Sample]) -> Mapping[str, str]: ...
 
@@ -116,8 +116,8 @@ def run_job(
     whole shards stay, and run.json and the report tell of them.
     """
     progress = progress or Silent()
-    settings = engine.job_settings()
     samples = listing.samples[:limit]
+    settings = engine.job_settings(samples)
     columns = shards.schema(settings.dims, len(settings.labels), listing.keep_types)
     tally = Tally(settings.labels, settings.exits, tuple(settings.dims))
     tally.spend("fuse", settings.build_seconds)

@@ -176,7 +176,7 @@ def test_on_drift_the_exits_are_off_from_the_next_shard_on(weights, media, tmp_p
 def test_what_is_audited_by_default(weights, audit, promised, share):
     with Pipeline.load(config(weights, **(audit or {}))) as pipeline:
         pipeline._built = dataclasses.replace(pipeline.built, max_disagreement=promised)
-        settings = pipeline.job_settings().audit
+        settings = pipeline.job_settings([]).audit
     assert (settings and settings.share) == share
     assert settings is None or (settings.promised, settings.last_exit, settings.batch) == (promised, "all", 8)
 
@@ -184,7 +184,7 @@ def test_what_is_audited_by_default(weights, audit, promised, share):
 def test_without_exits_there_is_nothing_to_audit(weights):
     made = shop.config(weights)
     with Pipeline.load({**made, "fusion": {**made["fusion"], "audit": {"share": "5%"}}}) as pipeline:
-        assert pipeline.job_settings().audit is None
+        assert pipeline.job_settings([]).audit is None
 
 
 def test_embedding_has_nothing_to_audit():

@@ -107,4 +107,5 @@ class Tuned:
 
 def _best(entry: Mapping[str, Any]) -> Best:
     numbers = {name: float(entry[name]) for name in ("row_seconds", "plain_row_seconds", "ready_seconds")}
-    return Best(Choice(**entry["choice"]), plain=Choice(**entry["plain"]), **numbers)
+    choice, plain = (Choice(entry[name]["backend"], entry[name]["dtype"]) for name in ("choice", "plain"))
+    return Best(choice, plain=plain, **numbers)

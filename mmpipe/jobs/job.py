@@ -117,6 +117,7 @@ def run_job(
     """
     progress = progress or Silent()
     samples = listing.samples[:limit]
+    began, cores = time.perf_counter(), time.process_time()  # what is measured before the first sample is the job's too
     settings = engine.job_settings(samples)
     columns = shards.schema(settings.dims, len(settings.labels), listing.keep_types)
     tally = Tally(settings.labels, settings.exits, tuple(settings.dims))
@@ -124,7 +125,6 @@ def run_job(
     audit: Auditor | None = None
     if settings.audit is not None:
         audit = Auditor(settings.audit, lambda chosen: engine.run(chosen, exits=False)[0], progress.say)
-    began, cores = time.perf_counter(), time.process_time()
     with claimed(folder, mode), _Signals() as signals:
         fingerprints = engine.fingerprints(samples)
         stopped: MmpipeError | None = None

@@ -65,7 +65,7 @@ def _fits(module: fx.GraphModule, node: fx.Node, rows: int) -> bool:
 
 
 def _lays_last(module: fx.GraphModule, node: Any) -> bool:
-    """Whether it is a convolution on a CPU whose weight has its channels last, as its result then has, unless the weight
+    """Whether it is a convolution on a CPU whose weight has its channels last. Its result has too, unless the weight
     could lie either way."""
     if not isinstance(node, fx.Node) or node.target not in (aten.conv2d.default, *_joined()):
         return False

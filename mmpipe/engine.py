@@ -159,7 +159,9 @@ class Engine:
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile
         workers = resolved.decode_workers
         room = media.Room(decoding_bytes(resolved.memory_limit))
-        several = media.Ahead(workers, items_ahead=2 * rows, beside=_beside(resolved, workers))
+        several = media.Ahead(
+            workers, items_ahead=2 * rows, beside=_beside(resolved, workers), computing=executor.at_work
+        )
         with media.Here() if alone else several as ahead:
             try:
                 executor.run_all(map(shard_of, shards), hand_on)

@@ -24,6 +24,21 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def collector_spared() -> Iterator[None]:
+    """What is there before is not looked through inside: a job makes objects for every item, and the collector that
+    they wake would walk through all that torch and the models have made, with every thread waiting for it. Left as it
+    is where the process has frozen objects of its own: they could not be told from these."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def leave_garbage_at_exit() -> None:
     """What is left when the process ends goes with it; looking through it first would take up to a second.
 

@@ -25,6 +25,7 @@ from mmpipe.jobs.progress import Progress, Silent
 from mmpipe.jobs.report import write_report
 from mmpipe.jobs.tally import Tally
 from mmpipe.jobs.worth import worth_of
+from mmpipe.loading import collector_spared
 from mmpipe.media import Limits, Listing
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Prediction, Sample
@@ -141,7 +142,7 @@ def run_job(
         progress.start(len(samples), "predicting")
         parts = (samples[start : start + settings.shard_rows] for start in range(0, len(samples), settings.shard_rows))
         try:
-            with signals.raised():
+            with signals.raised(), collector_spared():
                 if audit is None:
                     engine.run_shards(parts, commit, answered=progress.advance)
                 for shard in parts if audit is not None else ():

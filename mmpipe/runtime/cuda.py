@@ -68,7 +68,7 @@ class CudaStream:
     """
 
     def __init__(self, name: str, cuda: torch.cuda.Stream) -> None:
-        self.name, self.cuda = name, cuda
+        self.name, self.cuda, self.at_work = name, cuda, 0
         self._closed = False
         self.synchronize()
 

@@ -117,6 +117,10 @@ class Executor:
                 self._quiet()
                 run.close()
 
+    def at_work(self) -> int:
+        """How many of the host's cores its streams compute on. May be asked on any thread."""
+        return sum(stream.at_work for stream in self.streams)
+
     def _quiet(self) -> None:
         """However a run ended: nothing of it works on the pool any more, and every row of media is free."""
         for lane in self.lanes:

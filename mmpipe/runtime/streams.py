@@ -82,6 +82,7 @@ class Stream(Protocol):
     """A FIFO of work. Everything but `synchronize` and `close` returns at once."""
 
     name: str
+    at_work: int  # of the host's cores, which it computes on now, beside whoever submits
 
     def submit(self, work: Work, run: Run, step: str) -> None: ...
 
@@ -129,7 +130,7 @@ class HostStream:
     begins with gradients on and another's number of threads."""
 
     def __init__(self, name: str, threads: int = 1) -> None:
-        self.name, self.threads = name, threads
+        self.name, self.threads, self.at_work = name, threads, 0
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._closed = False
         self._worker = threading.Thread(
@@ -140,7 +141,9 @@ class HostStream:
     def submit(self, work: Work, run: Run, step: str) -> None:
         def do() -> None:
             if not run.stopped:
+                self.at_work = self.threads
                 _do(work, run, step, self.name)
+                self.at_work = 0
 
         self._put(do)
 
@@ -175,7 +178,7 @@ class CallerStream:
     own would only add the handing over; threads and inference mode are the caller's."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.at_work = name, 0
         self._closed = False
 
     def submit(self, work: Work, run: Run, step: str) -> None:

@@ -136,6 +136,75 @@ def test_as_many_go_on_beside_a_busy_consumer_as_it_allows(beside: int) -> None:
         assert most[0] > beside
 
 
+def test_threads_leave_the_cores_to_what_computes_though_the_consumer_waits() -> None:
+    now, most, busy, lock = [0], [0], [3], threading.Lock()
+
+    def load(item: int) -> int:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return item
+
+    with Ahead(4, items_ahead=100, beside=0, computing=lambda: busy[0]) as ahead:
+        queue = ahead.queue(load)
+        queue.put(range(40))
+        assert [queue.get() for _ in range(10)] == list(range(10))
+        assert most[0] == 1
+        busy[0] = 9  # more than there are cores: somebody must feed them
+        assert queue.get() == 10
+        busy[0] = 0
+        assert [queue.get() for _ in range(29)] == list(range(11, 40))
+        assert most[0] > 1
+
+
+def test_what_was_asked_for_first_begins_first() -> None:
+    """However many threads there are: the consumer waits for the oldest, and for nothing else."""
+    begun: list[int] = []
+    with Ahead(4, items_ahead=100, beside=1) as ahead:
+        queue = ahead.queue(lambda item: begun.append(item) or time.sleep(0.003) or item)  # type: ignore[func-returns-value]
+        ahead.hungry(False)
+        queue.put(range(20))
+        while len(begun) < 20:
+            time.sleep(0.001)
+    assert begun == list(range(20))
+
+
+def test_what_takes_little_is_handed_over_a_few_at_a_time() -> None:
+    threads: list[int] = []
+
+    def load(item: int) -> int:
+        if item == 150:
+            raise KeyError(item)
+        return item
+
+    with Ahead(2, items_ahead=64) as ahead:
+        submit = ahead.submit
+        ahead.submit = lambda work, items: threads.append(len(items)) or submit(work, items)  # type: ignore[func-returns-value, method-assign, assignment, misc]
+        queue = ahead.queue(load)
+        queue.put(range(300))
+        assert [queue.get() for _ in range(150)] == list(range(150))
+        with pytest.raises(KeyError):
+            queue.get()
+        assert [queue.get() for _ in range(149)] == list(range(151, 300))
+    assert threads[0] == 1
+    assert max(threads) == 8  # an eighth of what may be ahead: all threads have something to do
+    assert len(threads) < 100
+
+
+def test_what_takes_long_is_handed_over_one_by_one() -> None:
+    portions: list[int] = []
+    with Ahead(2, items_ahead=64) as ahead:
+        submit = ahead.submit
+        ahead.submit = lambda work, items: portions.append(len(items)) or submit(work, items)  # type: ignore[func-returns-value, method-assign, assignment, misc]
+        queue = ahead.queue(lambda item: time.sleep(0.004) or item)  # type: ignore[func-returns-value]
+        queue.put(range(20))
+        assert [queue.get() for _ in range(20)] == list(range(20))
+    assert portions == [1] * 20
+
+
 def test_what_waits_beside_a_busy_consumer_ends_with_it() -> None:
     with Ahead(2, beside=0) as ahead:
         queue = ahead.queue(lambda item: item)

@@ -30,7 +30,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -211,7 +210,9 @@ def makers(
         f"script, {word}, {workers} workers": lambda: script(models, items, short, device, workers=workers),
         f"script, {word}, torch.compile": lambda: script(models, items, short, device, compiled=True),
         f"pipelines, {word}": lambda: peers.pipelines(Script(models, short, device), items, ROWS),
-        f"Ray Data, {word}": lambda: peers.ray_data(partial(Script, models, short, device), items, ROWS),
+        f"Ray Data, {word}": lambda: peers.ray_data(
+            Script(models, short, device), (models, short, device), items, ROWS
+        ),
     }
     if cpu:
         found |= {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,34 @@ from torch import Tensor, nn
 Loaded = dict[str, tuple[Tensor, ...]]  # modality → what its module takes
 
 
+_made: list[Any] = []  # in a worker process: its script
+
+
 class Loader:
-    """`load` of a script, made once in each process that calls it."""
+    """`load` of a script, made once in each process that calls it: a worker gets a copy of this with every task."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
-
-    @functools.cached_property
-    def script(self) -> Any:
-        return self.make()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"make": self.make}  # not the models
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        loaded = self.script.load(Path(row["item"]))
+        if not _made:
+            from benchmark import Script  # by its name: in a worker `__main__` is Ray's
+
+            _made.append(Script(*self.arguments))
+        loaded = _made[0].load(Path(row["item"]))
         return {f"{name} {n}": part.numpy() for name, parts in loaded.items() for n, part in enumerate(parts)}
 
 
-def ray_data(make: Callable[[], Any], items: Sequence[Path], rows: int) -> Callable[[], dict[str, Tensor]]:
-    """Raises ImportError where there is no Ray."""
+def ray_data(script: Any, arguments: Sequence[Any], items: Sequence[Path], rows: int) -> Callable[[], Any]:
+    """`script`, and what it was made with: workers make their own. Raises ImportError where there is no Ray."""
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    found = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    how = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": found}}, **how)
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    script, load = make(), Loader(make)
+    load = Loader(*arguments)
 
     def batches(items: Sequence[Path]) -> Iterator[Loaded]:
         found = ray.data.from_items([{"item": str(item)} for item in items]).map(load)

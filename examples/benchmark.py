@@ -210,9 +210,7 @@ def makers(
         f"script, {word}, {workers} workers": lambda: script(models, items, short, device, workers=workers),
         f"script, {word}, torch.compile": lambda: script(models, items, short, device, compiled=True),
         f"pipelines, {word}": lambda: peers.pipelines(Script(models, short, device), items, ROWS),
-        f"Ray Data, {word}": lambda: peers.ray_data(
-            Script(models, short, device), (models, short, device), items, ROWS
-        ),
+        f"Ray Data, {word}": lambda: peers.ray_data(Script, (models, short, device), items, ROWS),
     }
     if cpu:
         found |= {

@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,10 @@ class Loader:
         return {f"{name} {n}": part.numpy() for name, parts in loaded.items() for n, part in enumerate(parts)}
 
 
-def ray_data(script: Any, arguments: Sequence[Any], items: Sequence[Path], rows: int) -> Callable[[], Any]:
-    """`script`, and what it was made with: workers make their own. Raises ImportError where there is no Ray."""
+def ray_data(
+    make: Callable[..., Any], arguments: Sequence[Any], items: Sequence[Path], rows: int
+) -> Callable[[], dict[str, Tensor]]:
+    """`make(*arguments)` is the script: this process's, and each worker's. Raises ImportError where there is no Ray."""
     import ray
 
     found = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -46,7 +48,7 @@ def ray_data(script: Any, arguments: Sequence[Any], items: Sequence[Path], rows:
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": found}}, **how)
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    load = Loader(*arguments)
+    script, load = make(*arguments), Loader(*arguments)
 
     def batches(items: Sequence[Path]) -> Iterator[Loaded]:
         found = ray.data.from_items([{"item": str(item)} for item in items]).map(load)
@@ -55,7 +57,7 @@ def ray_data(script: Any, arguments: Sequence[Any], items: Sequence[Path], rows:
             yield {name: tuple(batch[key] for key in sorted(batch) if key.partition(" ")[0] == name) for name in names}
 
     script.embed(batches(items[:rows]))  # starts the workers
-    return lambda: script.embed(batches(items))
+    return lambda: cast(dict[str, Tensor], script.embed(batches(items)))
 
 
 def pipelines(script: Any, items: Sequence[Path], rows: int) -> Callable[[], dict[str, Tensor]]:

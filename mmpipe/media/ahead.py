@@ -268,7 +268,7 @@ class _Outcome(Generic[R]):
     def of(cls, call: Callable[[T], R], item: T) -> _Outcome[R]:
         try:
             return cls(call(item), None)
-        except Exception as error:  # noqa: BLE001 - raised at its place
+        except BaseException as error:  # noqa: BLE001 - raised at its place
             return cls(None, error)
 
     def result(self) -> R:

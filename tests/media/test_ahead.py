@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
@@ -85,124 +88,117 @@ def test_what_is_asked_for_later_begins_at_once() -> None:
         assert [queue.get() for _ in range(3)] == [1, 2, 3]
 
 
-def test_half_of_the_threads_rest_while_the_consumer_has_enough() -> None:
-    now, most, lock = [0], [0], threading.Lock()
+class AtOnce:
+    """Loads an item in so many seconds; remembers which began, in order, and how many were at it at once."""
 
-    def load(item: int) -> int:
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.002)
-        with lock:
-            now[0] -= 1
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.begun, self.most = seconds, list[int](), 0
+        self._now, self._lock = 0, threading.Lock()
+
+    def __call__(self, item: int) -> int:
+        with self._lock:
+            self.begun.append(item)
+            self._now += 1
+            self.most = max(self.most, self._now)
+        time.sleep(self.seconds)
+        with self._lock:
+            self._now -= 1
         return item
 
+
+class Portions(Ahead):
+    """Remembers how many items it handed to a thread at once."""
+
+    def __init__(self, workers: int, *, items_ahead: int) -> None:
+        super().__init__(workers, items_ahead=items_ahead)
+        self.portions: list[int] = []
+
+    def submit(self, load: Callable[[Any], Any], item: Any) -> Future[Any]:
+        self.portions.append(len(item))
+        return super().submit(load, item)
+
+
+def test_half_of_the_threads_rest_while_the_consumer_has_enough() -> None:
+    load = AtOnce(0.002)
     with Ahead(4, items_ahead=100) as ahead:
         queue = ahead.queue(load)
         queue.put(range(8))
         assert [queue.get() for _ in range(8)] == list(range(8))  # it waits: all four
-        assert most[0] > 2
+        assert load.most > 2
         ahead.hungry(False)
-        most[0] = 0
+        load.most = 0
         queue.put(range(20))
         while len([f for f in queue._started if f.done()]) < 20:
             time.sleep(0.001)
-        assert most[0] <= 2
+        assert load.most <= 2
         assert [queue.get() for _ in range(20)] == list(range(20))
 
 
 @pytest.mark.parametrize("beside", [0, 1, 3])
 def test_as_many_go_on_beside_a_busy_consumer_as_it_allows(beside: int) -> None:
     """With 0 nothing begins until it waits again; then all threads do, and all comes, in order."""
-    now, most, begun, lock = [0], [0], [0], threading.Lock()
-
-    def load(item: int) -> int:
-        with lock:
-            now[0], begun[0] = now[0] + 1, begun[0] + 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.005)
-        with lock:
-            now[0] -= 1
-        return item
-
+    load = AtOnce(0.005)
     with Ahead(4, items_ahead=200, beside=beside) as ahead:
         queue = ahead.queue(load)
         ahead.hungry(False)
         queue.put(range(100))
         time.sleep(0.05)
-        assert most[0] == beside
-        assert (begun[0] > 0) == (beside > 0)
+        assert load.most == beside
+        assert (len(load.begun) > 0) == (beside > 0)
         assert [queue.get() for _ in range(100)] == list(range(100))
-        assert most[0] > beside
+        assert load.most > beside
 
 
 def test_threads_leave_the_cores_to_what_computes_though_the_consumer_waits() -> None:
-    now, most, busy, lock = [0], [0], [3], threading.Lock()
-
-    def load(item: int) -> int:
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.005)
-        with lock:
-            now[0] -= 1
-        return item
-
+    load, busy = AtOnce(0.005), [3]
     with Ahead(4, items_ahead=100, beside=0, computing=lambda: busy[0]) as ahead:
         queue = ahead.queue(load)
         queue.put(range(40))
         assert [queue.get() for _ in range(10)] == list(range(10))
-        assert most[0] == 1
+        assert load.most == 1
         busy[0] = 9  # more than there are cores: somebody must feed them
         assert queue.get() == 10
         busy[0] = 0
         assert [queue.get() for _ in range(29)] == list(range(11, 40))
-        assert most[0] > 1
+        assert load.most > 1
 
 
 def test_what_was_asked_for_first_begins_first() -> None:
     """However many threads there are: the consumer waits for the oldest, and for nothing else."""
-    begun: list[int] = []
+    load = AtOnce(0.003)
     with Ahead(4, items_ahead=100, beside=1) as ahead:
-        queue = ahead.queue(lambda item: begun.append(item) or time.sleep(0.003) or item)  # type: ignore[func-returns-value]
+        queue = ahead.queue(load)
         ahead.hungry(False)
         queue.put(range(20))
-        while len(begun) < 20:
+        while len(load.begun) < 20:
             time.sleep(0.001)
-    assert begun == list(range(20))
+    assert load.begun == list(range(20))
 
 
 def test_what_takes_little_is_handed_over_a_few_at_a_time() -> None:
-    threads: list[int] = []
-
     def load(item: int) -> int:
         if item == 150:
             raise KeyError(item)
         return item
 
-    with Ahead(2, items_ahead=64) as ahead:
-        submit = ahead.submit
-        ahead.submit = lambda work, items: threads.append(len(items)) or submit(work, items)  # type: ignore[func-returns-value, method-assign, assignment, misc]
+    with Portions(2, items_ahead=64) as ahead:
         queue = ahead.queue(load)
         queue.put(range(300))
         assert [queue.get() for _ in range(150)] == list(range(150))
         with pytest.raises(KeyError):
             queue.get()
         assert [queue.get() for _ in range(149)] == list(range(151, 300))
-    assert threads[0] == 1
-    assert max(threads) == 8  # an eighth of what may be ahead: all threads have something to do
-    assert len(threads) < 100
+    assert ahead.portions[0] == 1
+    assert max(ahead.portions) == 8  # an eighth of what may be ahead: all threads have something to do
+    assert len(ahead.portions) < 100
 
 
 def test_what_takes_long_is_handed_over_one_by_one() -> None:
-    portions: list[int] = []
-    with Ahead(2, items_ahead=64) as ahead:
-        submit = ahead.submit
-        ahead.submit = lambda work, items: portions.append(len(items)) or submit(work, items)  # type: ignore[func-returns-value, method-assign, assignment, misc]
-        queue = ahead.queue(lambda item: time.sleep(0.004) or item)  # type: ignore[func-returns-value]
+    with Portions(2, items_ahead=64) as ahead:
+        queue = ahead.queue(AtOnce(0.004))
         queue.put(range(20))
         assert [queue.get() for _ in range(20)] == list(range(20))
-    assert portions == [1] * 20
+    assert ahead.portions == [1] * 20
 
 
 def test_what_waits_beside_a_busy_consumer_ends_with_it() -> None:

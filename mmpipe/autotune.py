@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from mmpipe.errors import InputError
-from mmpipe.graphs.backends import BACKENDS, examples_of, lower
+from mmpipe.graphs.backends import BACKENDS, OPERATION_BY_OPERATION, examples_of, lower
 from mmpipe.graphs.plan import HEAD, PRESENCE, Segment
 from mmpipe.lowering import compiled_folder
 from mmpipe.machine import bfloat16_gain
@@ -29,6 +29,7 @@ from mmpipe.types import Sample
 
 _SECONDS = 1.5  # for one way to be timed
 _HEAD_START = 1.03  # how much faster than the way without a compiler one with must be
+_NONE_SUCH = {("onnx", "bfloat16"), ("native", "float32")}
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _choices(backends: Sequence[str]) -> list[Choice]:
     """The plain way first, then every other."""
     types = ("float32", "bfloat16") if bfloat16_gain() > 0 else ("float32",)
     wanted = [name for name in BACKENDS if (not backends or name in backends or name == "eager") and name != "tensorrt"]
-    return [Choice(backend, dtype) for backend in wanted for dtype in types if (backend, dtype) != ("onnx", "bfloat16")]
+    return [Choice(backend, dtype) for backend in wanted for dtype in types if (backend, dtype) not in _NONE_SUCH]
 
 
 def _tried(trial: Trial, choice: Choice, found: Measured) -> Tried:
@@ -154,8 +155,9 @@ def _inputs(
 def _winner(tried: Sequence[Tried]) -> Best | None:
     """The fastest at parity; one that needs a compiler must be faster by a little, for what it costs to have it."""
     fair = [one for one in tried if not one.why]
-    plain = min((one for one in fair if one.choice.backend == "eager"), key=lambda one: one.row_seconds, default=None)
+    quick = [one for one in fair if one.choice.backend in OPERATION_BY_OPERATION]
+    plain = min(quick, key=lambda one: one.row_seconds, default=None)
     if plain is None:
         return None
-    best = min(fair, key=lambda one: one.row_seconds * (1.0 if one.choice.backend == "eager" else _HEAD_START))
+    best = min(fair, key=lambda one: one.row_seconds * (1.0 if one in quick else _HEAD_START))
     return Best(best.choice, best.row_seconds, plain.row_seconds, plain.choice, best.ready_seconds)

@@ -1,8 +1,8 @@
 """Which backend and number type each segment gets on this machine, and why; and the lowered segments, kept.
 
     runtime.dtype    as configured; auto: bfloat16 for large encoders where the device multiplies it faster
-    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment; eager where nothing was,
-                     or where that can't be had any more
+    runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment; where nothing was, or that
+                     can't be had any more, native if this machine has it, else eager
 
 Heads stay float32 and eager: they cost little, and confidence is made there. An encoder whose short twin fails the
 parity gate (`mmpipe.parity`) stays float32 and eager too.
@@ -10,6 +10,7 @@ parity gate (`mmpipe.parity`) stays float32 and eager too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from mmpipe.cache import folder as cache_folder
 from mmpipe.capturing import Shorter
 from mmpipe.config import Config
 from mmpipe.graphs import cost
-from mmpipe.graphs.backends import Lowered, Target, Unlowerable, examples_of, lower
+from mmpipe.graphs.backends import OPERATION_BY_OPERATION, Lowered, Target, Unlowerable, examples_of, kernels, lower
+from mmpipe.graphs.backends.native import scores_per_row
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import fuse
 from mmpipe.graphs.lengths import ByLength, in_order, lengths_of, rows_at, share_with
@@ -30,12 +32,13 @@ from mmpipe.graphs.plan import HEAD, GraphError, Plan, Segment
 from mmpipe.graphs.precision import sharing
 from mmpipe.resolved import PLAIN, Choice, Resolved
 from mmpipe.runtime.device import Device
-from mmpipe.tuned import Tuned
+from mmpipe.tuned import WON_BACK, Tuned
 
 # Below it an encoder is mostly calls and copies: a shorter type brings little, and its rounding is felt as much.
 LARGE_NUMBERS = 5_000_000
 TOKENS_FOR_LENGTHS = 65_536  # of a job's texts, padded: a text encoder is captured for several lengths meanwhile
 _GAIN = 1.3  # how much faster a product has to be
+_SAVED_S = 0.7e-9  # by native for each pair of a query and a key, at least, on two cores of a Xeon
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Lowering:
             if segment.branch == HEAD or segment.branch in self.refused:
                 continue
             whole = cost.weight_bytes([made.modules[segment.name]])
-            if self.config.runtime.backend not in ("auto", "eager"):
+            if self.config.runtime.backend not in ("auto", *OPERATION_BY_OPERATION):
                 total += whole
             elif self._eager(whole >= 4 * LARGE_NUMBERS).dtype != "float32":
                 total += whole // 2
@@ -106,7 +109,7 @@ class Lowering:
 
     def give_up_copies(self, made: Cut) -> bool:
         """Where nothing fits with packed copies and nobody asked for them: float32 for all. False: there are none."""
-        if self.config.runtime.dtype != "auto" or self.config.runtime.backend not in ("auto", "eager"):
+        if self.config.runtime.dtype != "auto" or self.config.runtime.backend not in ("auto", *OPERATION_BY_OPERATION):
             return False
         if not self.copied_bytes(made):
             return False
@@ -146,11 +149,12 @@ class Lowering:
         if choice == PLAIN:  # its weights are the graph's own, so that an edit is seen
             return lower("eager", segment, placed, target)
         inside = memory if choice.backend == "tensorrt" else None
-        sized = choice.backend != "eager" or bool(choice.lengths)
+        any_rows = choice.backend in OPERATION_BY_OPERATION
+        sized = not any_rows or bool(choice.lengths)
         key = (id(module), choice, *((rows, threads) if sized else (0, 0)), inside)
         if key not in self._kept:
             # the plain backend looks where they are, not at them
-            examples = examples_of(plan, segment, 1 if choice.backend == "eager" else rows)
+            examples = examples_of(plan, segment, 1 if any_rows else rows)
             if choice.backend != "tensorrt":
                 examples = tuple(map(self.device.held, examples))
             if choice.lengths:
@@ -163,7 +167,8 @@ class Lowering:
     def _by_length(self, made: Cut, segment: Segment, choice: Choice, job_rows: int) -> Choice:
         """At the lengths of its texts, where that is captured quickly enough for so many of them."""
         may_be = self.shorter.get(segment.branch)
-        if may_be is None or segment.branch in self.refused or choice.backend != "eager" or self.device.kind != "cpu":
+        here = choice.backend in OPERATION_BY_OPERATION and self.device.kind == "cpu"
+        if may_be is None or segment.branch in self.refused or not here:
             return choice
         whole = segment.writes == (made.plan.embedding(segment.branch),) and not segment.reads
         if job_rows * may_be.longest < TOKENS_FOR_LENGTHS or not whole or set(segment.inputs) != may_be.inputs:
@@ -198,7 +203,9 @@ class Lowering:
                     (one,) = short.plan.segments
                     its = short.modules[one.name]
                 at = replace(target, rows=rows_at(length, target.rows))
-                parts[length] = in_order(segment, one, lower("eager", one, its, at, examples_of(plan, segment, 1)))
+                parts[length] = in_order(
+                    segment, one, lower(choice.backend, one, its, at, examples_of(plan, segment, 1))
+                )
         names = list(segment.inputs)
         return ByLength(parts, names.index(f"{segment.branch}.{may_be.mask}"), [names.index(n) for n in may_be.long])
 
@@ -215,23 +222,49 @@ class Lowering:
         if segment.branch == HEAD or segment.branch in self.refused:
             return PLAIN, "", None
         module = made.modules[segment.name]
-        large = cost.weight_bytes([module]) >= 4 * LARGE_NUMBERS
+        large = _large(module)
         if runtime.backend == "auto":
             # what was measured on the processor says nothing of another device
             best = self.tuned.best(module, rows, threads) if self.device.kind == "cpu" else None
             if best is None or runtime.dtype not in ("auto", best.choice.dtype):
-                return self._eager(large), "", None
+                return self._plain(made, module, large, job_rows)
             if not best.pays(job_rows):
-                return self._eager(large), f"{segment.name} {best.not_yet(job_rows)}", best.pays_from
+                choice, _, _ = self._plain(made, module, large, job_rows)
+                return choice, f"{segment.name} {best.not_yet(job_rows)}", best.pays_from
             try:  # now, so that what is resolved is what runs
                 self._made(made.plan, segment, module, best.choice, rows, threads)
             except Unlowerable as error:
-                return self._eager(large), f"{segment.name} not {best.choice.backend}, which was fastest: {error}", None
+                choice, _, _ = self._plain(made, module, large, job_rows)
+                return choice, f"{segment.name} not {best.choice.backend}, which was fastest: {error}", None
             return best.choice, f"tuned: {segment.name} {best.told}", None
         dtype = self._eager(large).dtype
         if runtime.backend == "onnx" and runtime.dtype == "auto":
             dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU
+        if runtime.backend == "native" and not (
+            scores_per_row(module) and (dtype == "bfloat16" or runtime.dtype != "auto")
+        ):
+            return Choice("eager", dtype), "configured; eager where there is no attention in bfloat16", None
         return Choice(runtime.backend, dtype), "configured", None
+
+    def _plain(self, made: Cut, module: GraphModule, large: bool, job_rows: int) -> tuple[Choice, str, int | None]:
+        """What needs no tuning: attention of our own where it can be had, without waiting for a compiler in vain."""
+        choice = self._eager(large)
+        if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not scores_per_row(module):
+            return choice, "", None
+        if why := kernels.why_not():
+            return choice, f"attention is PyTorch's: {why}", None
+        if not kernels.ready(compiled_folder()):
+            others = (one for one in made.modules.values() if self._eager(_large(one)).dtype == "bfloat16")
+            saved = _SAVED_S * sum(map(scores_per_row, others))
+            pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)
+            if job_rows < pays_from:
+                why = f"{job_rows} rows would save {job_rows * saved:.1f} s, compiling takes {kernels.SECONDS:.0f} s"
+                return choice, f"attention is PyTorch's: {why}, once", pays_from
+        try:  # now, so that what is resolved is what runs
+            kernels.load(compiled_folder())
+        except Unlowerable as error:
+            return choice, f"attention is PyTorch's: {error}", None
+        return replace(choice, backend="native"), "native: attention compiled for this processor", None
 
     def _eager(self, large: bool) -> Choice:
         """The plain backend, in the type that is configured, else in the one that pays."""
@@ -254,6 +287,10 @@ class Lowering:
         if self.config.runtime.backend != "auto":
             return "configured"
         return "nothing was tuned for these models here; mmpipe autotune finds whether a compiler pays"
+
+
+def _large(module: GraphModule) -> bool:
+    return cost.weight_bytes([module]) >= 4 * LARGE_NUMBERS
 
 
 def _memory_inside(plan: Plan, way: Resolved) -> int | None:

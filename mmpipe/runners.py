@@ -16,7 +16,7 @@ from mmpipe import media
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.fusion import gate
-from mmpipe.graphs.backends import Target, lower
+from mmpipe.graphs.backends import OPERATION_BY_OPERATION, Target, lower
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan, Segment
@@ -135,7 +135,8 @@ class Runners:
 
     def _shift(self, kind: Kind, real: Mapping[str, Sequence[Tensor]]) -> Shift:
         way, made = self.resolved(kind), self.cut
-        rows = min(way.batch_size, ROWS) if {c.backend for c in way.segments.values()} == {"eager"} else way.batch_size
+        any_rows = {c.backend for c in way.segments.values()}.issubset(OPERATION_BY_OPERATION)
+        rows = min(way.batch_size, ROWS) if any_rows else way.batch_size
         placed_modules = {name: self.device.place(module) for name, module in made.modules.items()}
         plain = {s.name: lower("eager", s, placed_modules[s.name], Target(rows)) for s in made.plan.segments}
         lowered = {s.name: self.lowering.lower(made.plan, s, made.modules[s.name], way) for s in made.plan.segments}

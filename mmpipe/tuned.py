@@ -19,11 +19,12 @@ from typing import Any
 from torch import fx
 
 from mmpipe.cache import folder as cache_folder
+from mmpipe.graphs.backends import OPERATION_BY_OPERATION
 from mmpipe.graphs.digest import digest
 from mmpipe.machine import hardware
 from mmpipe.resolved import Choice
 
-_WON_BACK = 2.0  # a compiler is waited for where it saves this many times what it takes
+WON_BACK = 2.0  # a compiler is waited for where it saves this many times what it takes
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Best:
 
     def pays(self, job_rows: int) -> bool:
         """Whether a job of so many rows wins back what getting ready takes."""
-        return self.choice.backend == "eager" or job_rows >= self.pays_from
+        return self.choice.backend in OPERATION_BY_OPERATION or job_rows >= self.pays_from
 
     @property
     def pays_from(self) -> int:
         """Rows that win back what getting ready takes."""
         saved = self.plain_row_seconds - self.row_seconds
-        return math.ceil(_WON_BACK * self.ready_seconds / saved - 1e-9) if saved > 0 else sys.maxsize
+        return math.ceil(WON_BACK * self.ready_seconds / saved - 1e-9) if saved > 0 else sys.maxsize
 
     @property
     def told(self) -> str:

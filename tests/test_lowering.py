@@ -12,10 +12,12 @@ from support import compilers, hub, shop
 from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity
 from mmpipe.explain import collect
 from mmpipe.graphs import backends, cost
-from mmpipe.graphs.backends import Unlowerable
+from mmpipe.graphs.backends import Unlowerable, kernels
 from mmpipe.parity import Shift
 from mmpipe.resolved import PLAIN, Choice
 from mmpipe.tuned import Best, Tuned
+
+own = pytest.mark.skipif(bool(kernels.why_not()), reason=kernels.why_not() or "it runs")
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,78 @@ def test_a_tuned_backend_that_is_gone_is_eager_and_explain_says_so(weights, kept
     assert "tuned: text@0 inductor float32" in why
     backends = {one["name"]: one["backend"] for one in explained["segments"]}
     assert (backends["image@0"], backends["text@0"]) == ("eager", "inductor")
+
+
+@pytest.fixture
+def attentive(models, monkeypatch):
+    """A text encoder with attention that counts as large, on a processor that could; what was loaded, from where."""
+    loaded = []
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 4.0)
+    monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
+    monkeypatch.setattr(kernels, "why_not", lambda: "")
+    monkeypatch.setattr(kernels, "ready", lambda folder: False)
+    monkeypatch.setattr(kernels, "load", loaded.append)
+    with Pipeline.load({"task": "embed", "encoders": {"text": hub.section(models, "minilm")}}) as pipeline:
+        yield pipeline, loaded
+
+
+def chosen(pipeline, job_rows):
+    made = pipeline.runners.lowering.choose(pipeline.runners.cut, 32, 2, job_rows)
+    return made.segments["text@0"].backend, made.reasons["backend"], made.more_from
+
+
+def test_attention_is_compiled_where_a_job_wins_it_back(attentive):
+    pipeline, loaded = attentive
+    assert loaded == []
+    backend, why, pays_from = chosen(pipeline, 0)
+    assert backend == "eager"
+    assert "attention is PyTorch's: 0 rows would save 0.0 s, compiling takes 2 s, once" in why
+    assert chosen(pipeline, pays_from - 1)[0] == "eager"
+    assert loaded == []
+    backend, why, pays_from = chosen(pipeline, pays_from)
+    assert (backend, pays_from) == ("native", None)
+    assert "native: attention compiled for this processor" in why
+    assert len(loaded) == 1
+
+
+def test_attention_that_was_compiled_before_is_used_by_any_job(attentive, monkeypatch):
+    pipeline, _ = attentive
+    monkeypatch.setattr(kernels, "ready", lambda folder: True)
+    assert chosen(pipeline, 0)[0] == "native"
+
+
+def test_attention_that_can_not_be_had_is_pytorchs_and_explained(attentive, monkeypatch):
+    pipeline, _ = attentive
+    monkeypatch.setattr(kernels, "why_not", lambda: "this processor has no AMX")
+    assert chosen(pipeline, 100) == ("eager", "attention is PyTorch's: this processor has no AMX", None)
+    monkeypatch.setattr(kernels, "why_not", lambda: "")
+
+    def refuse(folder):
+        raise Unlowerable("it needs GCC once")
+
+    monkeypatch.setattr(kernels, "load", refuse)
+    monkeypatch.setattr(kernels, "SECONDS", 1e-9)
+    assert chosen(pipeline, 100) == ("eager", "attention is PyTorch's: it needs GCC once", None)
+
+
+@own
+def test_native_leaves_what_it_has_nothing_for_to_eager(weights, monkeypatch):
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 4.0)
+    monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
+    with Pipeline.load(shop.config(weights, runtime={"backend": "native"})) as pipeline:
+        backends_of = {name: choice.backend for name, choice in pipeline.resolved.segments.items()}
+        assert backends_of == {"image@0": "eager", "text@0": "native", "audio@0": "eager"}
+        assert "eager where there is no attention in bfloat16" in pipeline.resolved.reasons["backend"]
+
+
+@own
+def test_native_gives_the_answers_of_eager(models):
+    section, media = hub.section(models, "clip"), [{"image": one} for one in hub.media_of("image", 11)]
+    ways = [embedded(section, "image", media, dtype="bfloat16", backend=backend) for backend in ("eager", "native")]
+    (plain, _), (own, resolved) = ways
+    assert resolved.backend == "native"
+    assert (plain * own).sum(1).min() > 0.9999
+    assert np.abs(plain - own).max() > 0
 
 
 def best(backend="inductor", dtype="float32", row=0.001, plain=0.003, ready=2.0):

@@ -19,7 +19,8 @@ from mmpipe.graphs.plan import PRESENCE, GraphError, Plan, Segment
 
 Lowered = Callable[..., tuple[Tensor, ...]]
 
-BACKENDS = ("eager", "inductor", "openvino", "onnx", "tensorrt")
+BACKENDS = ("eager", "native", "inductor", "openvino", "onnx", "tensorrt")
+OPERATION_BY_OPERATION = ("eager", "native")  # what they make takes any number of rows, and is made in no time
 
 
 class Unlowerable(GraphError):

@@ -26,11 +26,20 @@ _BAND = 4  # rows
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
     """The function; torch.fx's own where the graph holds calls of modules (a user put them in)."""
+    return written(segment, joined(module, target), examples)
+
+
+def joined(module: fx.GraphModule, target: Target) -> fx.GraphModule:
+    """A segment's module in the target's type, with the operations that it will be computed by."""
     packs = target.dtype == torch.bfloat16 and available()
     short = lowered(module, target.dtype, matrices=not packs)
     if packs:
         short = packed(short)
-    short = convolved(short, target.rows)
+    return convolved(short, target.rows)
+
+
+def written(segment: Segment, short: fx.GraphModule, examples: Sequence[Tensor]) -> Lowered:
+    """Such a module as one function."""
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward
     parts = split(short) if _on_host(short, examples) else None

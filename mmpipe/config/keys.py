@@ -184,8 +184,10 @@ class RuntimeConfig(_Keys):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Number format of the encoders."
     )
-    backend: Literal["auto", "eager", "inductor", "openvino", "onnx", "tensorrt"] = Field(
-        default="auto", description="What a segment of the graph is lowered to."
+    backend: Literal["auto", "eager", "native", "inductor", "openvino", "onnx", "tensorrt"] = Field(
+        default="auto",
+        description="What a segment of the graph is lowered to. `eager`: PyTorch's operations, one after the other; "
+        "`native`: these, with attention compiled for this processor (AMX, bfloat16; GCC, once).",
     )
     schedule: Literal["auto", "cascade", "parallel"] = Field(
         default="auto",

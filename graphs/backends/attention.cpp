@@ -1,0 +1,307 @@
+// Attention over short sequences in bfloat16, for processors with AMX: softmax(q kᵀ · scale + mask) v.
+//
+// One (batch, head) after the other, whole in the first cache: keys and values are laid out for the tile unit once, up
+// to 64 queries are multiplied with all keys, their scores stay in float32 through the softmax, and are rounded to
+// bfloat16 only as factors of the values. A row's bits depend on its own numbers alone, not on batch or threads.
+//
+// Tiles: A 16 rows of 32 bfloat16; B 16 rows of 16 pairs (two numbers that are added up side by side); C 16 x 16 float32.
+
+#if defined(__clang__) || !defined(__GNUC__)
+#error "GCC is needed: another compiler's OpenMP would bring a second pool of threads beside PyTorch's"
+#endif
+
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+typedef uint16_t bf16;
+enum Mask { NONE, BASE2, SHORT, KEPT };  // float32, times log2(e) already; bfloat16, as it is; bytes, 0: not looked at
+
+const float LOG2E = 1.44269504f, LOWEST = -2e38f;
+const long MOST_QUERIES = 64;
+
+struct Matrix {  // [batch, head, token, …], the last dimension dense; strides in numbers
+    const void *data;
+    long batch, head, token;
+};
+
+struct alignas(64) TileConfig {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+inline uint32_t first(long count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+
+// 2^x for x <= 0, within 2e-7 of it. Minus infinity gives 0: scalef(NaN, -inf) is +0 by its definition.
+inline __m512 exp2(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 part = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.33336498402e-3f);
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.61813770135e-3f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.55035711034e-2f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(2.40226510709e-1f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(6.93147182465e-1f));
+    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+// 16 rows of 16 words → their columns
+inline void transpose(const __m512i *rows, uint32_t *to) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
+        a[4 + i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+        a[8 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+        a[12 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_store_si512(to + i * 16, _mm512_shuffle_i32x4(a[i], a[8 + i], 0x88));
+        _mm512_store_si512(to + (4 + i) * 16, _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88));
+        _mm512_store_si512(to + (8 + i) * 16, _mm512_shuffle_i32x4(a[i], a[8 + i], 0xdd));
+        _mm512_store_si512(to + (12 + i) * 16, _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd));
+    }
+}
+
+// A, row by row: [rows up to 32, width up to 32], zeros around
+void lay_out_queries(const bf16 *from, long step, long count, long width, bf16 *to) {
+    const long chunks = up(width, 32) / 32;
+    for (long i = 0; i < up(count, 32); i++)
+        for (long c = 0; c < chunks; c++) {
+            const uint32_t part = i < count ? first(width - c * 32) : 0;
+            _mm512_store_si512(to + (i * chunks + c) * 32, _mm512_maskz_loadu_epi16(part, from + i * step + c * 32));
+        }
+}
+
+// B for q kᵀ: tiles of 16 keys and 32 numbers of each, [keys / 16][width / 32]
+void lay_out_keys(const bf16 *from, long step, long count, long width, uint32_t *to) {
+    const long chunks = up(width, 32) / 32;
+    for (long t = 0; t < up(count, 32); t += 16)
+        for (long c = 0; c < chunks; c++, to += 256) {
+            __m512i rows[16];
+            for (long i = 0; i < 16; i++) {
+                const uint32_t part = t + i < count ? first(width - c * 32) : 0;
+                rows[i] = _mm512_maskz_loadu_epi16(part, from + (t + i) * step + c * 32);
+            }
+            transpose(rows, to);
+        }
+}
+
+// B for p v: tiles of 32 keys and 16 numbers of each, [keys / 32][width / 16]
+void lay_out_values(const bf16 *from, long step, long count, long width, bf16 *to) {
+    const long blocks = up(width, 16) / 16;
+    const __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                           39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    for (long t = 0; t < up(count, 32); t += 2)
+        for (long n = 0; n < blocks; n++) {
+            const uint16_t part = first(width - n * 16);
+            const bf16 *at = from + t * step + n * 16;
+            const __m256i one = _mm256_maskz_loadu_epi16(t < count ? part : 0, at);
+            const __m256i two = _mm256_maskz_loadu_epi16(t + 1 < count ? part : 0, at + step);
+            const __m512i both =
+                _mm512_permutex2var_epi16(_mm512_castsi256_si512(one), pairs, _mm512_castsi256_si512(two));
+            _mm512_store_si512(to + ((t / 32) * blocks + n) * 512 + (t % 32) * 16, both);
+        }
+}
+
+// C [32, 32] at `to` = A [32, 32 · chunks] · B, whose tiles of two neighbouring columns begin at `one` and `two`
+// (null: there is none) and lie `b_step` numbers apart
+inline void multiply(const bf16 *a, long a_step, const bf16 *one, const bf16 *two, long b_step, long chunks, float *to,
+                     long to_step) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long c = 0; c < chunks; c++) {
+        _tile_loadd(4, a + c * 32, a_step * 2);
+        _tile_loadd(6, one + c * b_step, 64);
+        _tile_loadd(5, a + 16 * a_step + c * 32, a_step * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if (two) {
+            _tile_loadd(7, two + c * b_step, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, to, to_step * 4);
+    _tile_stored(2, to + 16 * to_step, to_step * 4);
+    if (two) {
+        _tile_stored(1, to + 16, to_step * 4);
+        _tile_stored(3, to + 16 * to_step + 16, to_step * 4);
+    }
+}
+
+// One row of scores → its exponentials in bfloat16, not yet divided by their sum, which is returned.
+// N: vectors of 16 keys, held in registers; 0: as many as there are, held in `scores`.
+template <int N, Mask KIND>
+float exponentials(float *scores, bf16 *to, long keys, const void *mask, float factor) {
+    const __m512 times = _mm512_set1_ps(factor), none = _mm512_set1_ps(-__builtin_inff());
+    const long count = N ? N : up(keys, 32) / 16;
+    __m512 held[N ? N : 1], most = none;
+#pragma GCC unroll 8
+    for (long t = 0; t < count; t++) {
+        const uint16_t part = first(keys - t * 16);
+        __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + t * 16), times);
+        if (KIND == BASE2) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(part, (const float *)mask + t * 16));
+        if (KIND == SHORT) {
+            const __m256i m = _mm256_maskz_loadu_epi16(part, (const bf16 *)mask + t * 16);
+            const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(m), 16));
+            // times log2(e) the lowest bfloat16 would be minus infinity, and a row of these not a number
+            x = _mm512_add_ps(x, _mm512_mul_ps(_mm512_max_ps(wide, _mm512_set1_ps(LOWEST)), _mm512_set1_ps(LOG2E)));
+        }
+        if (KIND == KEPT) {
+            const __mmask16 kept = _mm_mask_test_epi8_mask(part, _mm_maskz_loadu_epi8(part, (const char *)mask + t * 16),
+                                                           _mm_set1_epi8(-1));
+            x = _mm512_mask_blend_ps(kept, _mm512_set1_ps(LOWEST), x);
+        }
+        x = _mm512_mask_blend_ps(part, none, x);
+        if (N)
+            held[N ? t : 0] = x;
+        else
+            _mm512_store_ps(scores + t * 16, x);
+        most = _mm512_max_ps(most, x);
+    }
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (long t = 0; t < count; t += 2) {
+        const __m512 one = exp2(_mm512_sub_ps(N ? held[N ? t : 0] : _mm512_load_ps(scores + t * 16), top));
+        const __m512 two = exp2(_mm512_sub_ps(N ? held[N ? t + 1 : 0] : _mm512_load_ps(scores + t * 16 + 16), top));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(one, two));
+        _mm512_store_si512(to + t * 16, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+typedef float (*Exponentials)(float *, bf16 *, long, const void *, float);
+
+template <Mask KIND> Exponentials chosen(long keys) {
+    switch (up(keys, 32) / 16) {
+    case 2: return exponentials<2, KIND>;
+    case 4: return exponentials<4, KIND>;
+    case 6: return exponentials<6, KIND>;
+    case 8: return exponentials<8, KIND>;
+    default: return exponentials<0, KIND>;
+    }
+}
+
+void fetch(const bf16 *from, long step, long count, long width) {
+    for (long i = 0; i < count; i++)  // the line where a head's part of a row ends; where it begins the head before was
+        _mm_prefetch(from + i * step + width - 1, _MM_HINT_T0);
+}
+
+}  // namespace
+
+// Asks the system for the tile unit, which it lends a process once. Not 0: there is none.
+extern "C" int attention_begin() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
+
+// All of these are made of one struct of numbers, so that a call from Python passes few arguments. `mask` repeats
+// after `period` of the batch. Not 0: no memory.
+struct Call {
+    Matrix query, key, value, out, mask;
+    long batch, heads, queries, keys, width, period, kind, threads;
+    float scale;
+};
+
+extern "C" int attention(const Call *call) {
+    const long heads = call->heads, queries = call->queries, keys = call->keys, width = call->width;
+    const long padded = up(keys, 32), chunks = up(width, 32) / 32, blocks = up(width, 16) / 16;
+    const long most = padded <= 128 ? MOST_QUERIES : 32, row = blocks * 16;
+    const Mask kind = (Mask)call->kind;
+    const float factor = call->scale * LOG2E;
+    const Exponentials softmax = kind == NONE    ? chosen<NONE>(keys)
+                                 : kind == BASE2 ? chosen<BASE2>(keys)
+                                 : kind == SHORT ? chosen<SHORT>(keys)
+                                                 : chosen<KEPT>(keys);
+    const auto part = [](const Matrix &of, long b, long h) { return (const bf16 *)of.data + b * of.batch + h * of.head; };
+    const long wide = kind == BASE2 ? 4 : kind == SHORT ? 2 : 1;  // bytes of a number of the mask
+
+    const long key_bytes = padded * chunks * 64, value_bytes = padded * row * 2, query_bytes = most * chunks * 64;
+    const long score_bytes = most * padded * 4, factor_bytes = most * padded * 2, out_bytes = most * row * 4;
+    const long bytes = key_bytes + value_bytes + query_bytes + score_bytes + factor_bytes + out_bytes;
+    char *const space = (char *)aligned_alloc(64, bytes * call->threads);
+    if (!space) return 1;
+
+#pragma omp parallel num_threads(call->threads)
+    {
+        char *at = space + bytes * omp_get_thread_num();
+        const auto take = [&at](long size) { return (void *)((at += size) - size); };
+        uint32_t *const k = (uint32_t *)take(key_bytes);
+        bf16 *const v = (bf16 *)take(value_bytes), *const q = (bf16 *)take(query_bytes);
+        float *const scores = (float *)take(score_bytes);
+        bf16 *const factors = (bf16 *)take(factor_bytes);
+        float *const out = (float *)take(out_bytes), sums[MOST_QUERIES] = {};
+
+        TileConfig before, all = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+        const unsigned control = _mm_getcsr();
+        _mm_setcsr(control | 0x8040);  // numbers below 2^-126 are zero: masks of -100 make many, each a hundred cycles
+        _tile_storeconfig(&before);  // whoever uses tiles on this thread too finds them as they were
+        _tile_loadconfig(&all);
+#pragma omp for schedule(static)
+        for (long n = 0; n < call->batch * heads; n++) {
+            const long b = n / heads, h = n % heads;
+            const bf16 *const own = part(call->query, b, h);
+            if (n + 1 < call->batch * heads) {
+                const long nb = (n + 1) / heads, nh = (n + 1) % heads;
+                fetch(part(call->query, nb, nh), call->query.token, queries, width);
+                fetch(part(call->key, nb, nh), call->key.token, keys, width);
+                fetch(part(call->value, nb, nh), call->value.token, keys, width);
+            }
+            for (long begin = 0; begin < queries; begin += most) {
+                const long count = queries - begin < most ? queries - begin : most;
+                lay_out_queries(own + begin * call->query.token, call->query.token, count, width, q);
+                if (!begin) {  // after the queries: a tile is read from memory some time after it was written there
+                    lay_out_keys(part(call->key, b, h), call->key.token, keys, width, k);
+                    lay_out_values(part(call->value, b, h), call->value.token, keys, width, v);
+                }
+                for (long i = 0; i < count; i += 32)
+                    for (long t = 0; t < padded / 16; t += 2) {
+                        const bf16 *const tile = (const bf16 *)k + t * chunks * 512;
+                        multiply(q + i * chunks * 32, chunks * 32, tile, tile + chunks * 512, 512, chunks,
+                                 scores + i * padded + t * 16, padded);
+                    }
+                const char *mask = (const char *)call->mask.data;
+                const long step = call->mask.token * wide;
+                if (kind != NONE)
+                    mask += (b % call->period * call->mask.batch + h * call->mask.head) * wide + begin * step;
+                for (long i = 0; i < count; i++)
+                    sums[i] = softmax(scores + i * padded, factors + i * padded, keys, mask + i * step, factor);
+                for (long i = 0; i < count; i += 32)
+                    for (long c = 0; c < blocks; c += 2)
+                        multiply(factors + i * padded, padded, v + c * 512, c + 1 < blocks ? v + (c + 1) * 512 : nullptr,
+                                 blocks * 512, padded / 32, out + i * row + c * 16, row);
+                bf16 *to = (bf16 *)part(call->out, b, h) + begin * call->out.token;
+                for (long i = 0; i < count; i++, to += call->out.token) {
+                    const __m512 inverse = _mm512_set1_ps(1.0f / sums[i]);
+                    for (long c = 0; c < width; c += 16) {
+                        const __m512 x = _mm512_mul_ps(_mm512_load_ps(out + i * row + c), inverse);
+                        _mm256_mask_storeu_epi16(to + c, first(width - c), (__m256i)_mm512_cvtneps_pbh(x));
+                    }
+                }
+            }
+        }
+        _tile_loadconfig(&before);
+        _mm_setcsr(control);
+    }
+    free(space);
+    return 0;
+}

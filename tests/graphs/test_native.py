@@ -1,0 +1,290 @@
+"""Attention of our own, against PyTorch's in float32; and that it is left out where it can't be had."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+import torch
+from support import hub, lowering
+from torch import nn
+
+from mmpipe.graphs.backends import Target, Unlowerable, examples_of, kernels, lower, native
+from mmpipe.graphs.capture import capture
+from mmpipe.graphs.cut import cut
+from mmpipe.graphs.fuse import fuse
+from mmpipe.graphs.passes import optimise
+from mmpipe.runtime.executor import threads_of
+
+here = pytest.mark.skipif(bool(kernels.why_not()), reason=kernels.why_not() or "it runs")
+plainly = nn.functional.scaled_dot_product_attention
+LOWEST = torch.finfo(torch.bfloat16).min
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What is compiled is compiled once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def loaded(folder):
+    kernels.load(folder)
+
+
+def heads(batch, count, tokens, width, seed=0, spread=1.0):
+    """As an encoder's product leaves them: tokens first, all heads of a token side by side."""
+    made = torch.randn(batch, tokens, count * width, generator=torch.Generator().manual_seed(seed)) * spread
+    return made.to(torch.bfloat16).view(batch, tokens, count, width).transpose(1, 2)
+
+
+def wanted(query, key, value, mask, scale):
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float().repeat(len(query) // len(mask), 1, 1, 1)
+    return plainly(query.float(), key.float(), value.float(), mask, scale=scale)
+
+
+def close(found, want):
+    """Within what rounding the softmax and the result to bfloat16 does."""
+    assert found.shape == want.shape
+    return bool((found.float() - want).abs().max() <= 2**-7 * want.abs().max())
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("width", [1, 8, 15, 16, 24, 32, 33, 64, 80, 256])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 1), (7, 7), (50, 50), (64, 64), (65, 65), (3, 130), (77, 32), (130, 33)]
+)
+def test_every_shape_is_pytorchs_attention(width, queries, keys):
+    query, key, value = heads(3, 2, queries, width, 1), heads(3, 2, keys, width, 2), heads(3, 2, keys, width, 3)
+    found = kernels.attention(query, key, value, None, width**-0.5)
+    assert close(found, wanted(query, key, value, None, width**-0.5))
+    assert found.transpose(1, 2).is_contiguous()  # as what follows wants it
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("keys", [16, 40, 64, 100, 128, 300, kernels.MOST_KEYS])
+@pytest.mark.parametrize("shape", [(1, 2, 1), (1, 1, 0), (6, 2, 0), (3, 1, 0), (6, 1, 1)])
+@pytest.mark.parametrize("kind", ["constant", "short", "bool"])
+def test_every_mask_is_pytorchs(keys, shape, kind):
+    period, count, queries = shape[0], shape[1], shape[2] or keys
+    query, key, value = (heads(6, 2, keys, 24, seed, spread=3.0) for seed in (1, 2, 3))
+    mask = torch.randn(period, count, queries, keys, generator=torch.Generator().manual_seed(4)) * 2
+    hidden = torch.rand(mask.shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    hidden[..., 0] = False
+    if kind == "bool":
+        if period == 3:
+            pytest.skip("one for each window is a constant, and a number")
+        mask = given = ~hidden
+    elif kind == "short":
+        mask = given = mask.masked_fill(hidden, LOWEST).to(torch.bfloat16)
+    else:
+        mask = mask.masked_fill(hidden, float("-inf"))
+        given = kernels.base2(mask)
+    assert close(kernels.attention(query, key, value, given, 0.2), wanted(query, key, value, mask, 0.2))
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+def test_a_mask_that_is_a_view_is_read_as_it_lies():
+    query, key, value = (heads(4, 2, 40, 32, seed) for seed in (1, 2, 3))
+    tall = torch.randn(4, 1, 40, 80).to(torch.bfloat16)
+    for mask in (tall[..., ::2], tall[..., :40], tall[:, :, :1, 40:], tall[:1, :, :, 40:].expand(4, 2, 40, 40)):
+        assert close(kernels.attention(query, key, value, mask, 0.1), wanted(query, key, value, mask, 0.1))
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+def test_queries_that_are_left_no_key_look_at_all_alike():
+    query, key, value = (heads(2, 1, 20, 16, seed) for seed in (1, 2, 3))
+    for mask in (torch.zeros(2, 1, 1, 20, dtype=torch.bool), torch.full((2, 1, 1, 20), LOWEST, dtype=torch.bfloat16)):
+        found = kernels.attention(query, key, value, mask, 1.0)
+        assert close(found, value.float().mean(2, keepdim=True).expand(found.shape))
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("large", [float("nan"), float("inf"), 3e38])
+def test_what_is_no_number_stays_with_its_sample(large):
+    query, key, value = (heads(3, 2, 33, 24, seed) for seed in (1, 2, 3))
+    plain = kernels.attention(query, key, value, None, 1.0)
+    query[1, 0, 5] = large
+    found = kernels.attention(query, key, value, None, 1.0)
+    others = torch.ones(found.shape[:3], dtype=torch.bool)
+    others[1, 0, 5] = False
+    assert torch.equal(found[others], plain[others])
+    if large != large:
+        assert found[1, 0, 5].isnan().all()
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+def test_a_samples_bytes_are_its_own_whatever_the_batch_and_the_threads():
+    query, key, value = (heads(7, 3, 50, 24, seed) for seed in (1, 2, 3))
+    mask = kernels.base2(torch.randn(1, 3, 50, 50))
+    found = kernels.attention(query, key, value, mask, 0.3)
+    for threads in (1, 2, 3):
+        with threads_of(threads):
+            assert torch.equal(kernels.attention(query, key, value, mask, 0.3), found)
+    order = torch.randperm(7)
+    assert torch.equal(kernels.attention(query[order], key[order], value[order], mask, 0.3), found[order])
+    for n in range(7):
+        one = slice(n, n + 1)
+        assert torch.equal(kernels.attention(query[one], key[one], value[one], mask, 0.3), found[one])
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+def test_no_rows_and_other_layouts():
+    query, key, value = (heads(2, 2, 12, 24, seed) for seed in (1, 2, 3))
+    assert kernels.attention(query[:0], key[:0], value[:0], None, 1.0).shape == (0, 2, 12, 24)
+    turned = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in (query, key, value)]
+    assert turned[0].stride(-1) != 1
+    assert torch.equal(kernels.attention(*turned, None, 1.0), kernels.attention(query, key, value, None, 1.0))
+
+
+# --- segments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return hub.Models(tmp_path_factory.mktemp("models"))
+
+
+def attended(case, folder):
+    target = Target(lowering.ROWS, torch.bfloat16, folder=folder)
+    run = native._replaced(native.joined(case.module, target), case.module)
+    return [node.target for node in run.graph.nodes if node.op == "call_function"].count(kernels.attention)
+
+
+@here
+@pytest.mark.parametrize("name", hub.FAMILIES)
+def test_every_family_with_attention_keeps_its_embeddings_and_each_row_its_bytes(models, name, folder):
+    case = lowering.family(models, name)
+    target = Target(lowering.ROWS, torch.bfloat16, folder=folder)
+    inside = [
+        node for node in case.module.graph.nodes if node.target is torch.ops.aten.scaled_dot_product_attention.default
+    ]
+    if not native.scores_per_row(case.module):
+        assert not inside
+        with pytest.raises(Unlowerable, match="no attention"):
+            lower("native", case.segment, case.module, target, case.inputs)
+        return
+    run = lower("native", case.segment, case.module, target, case.inputs)
+    assert attended(case, folder) == len(inside)
+    with torch.inference_mode():
+        for found, want in zip(run(*case.inputs), case.eager(), strict=True):
+            assert nn.functional.cosine_similarity(found.flatten(1), want.flatten(1)).min() > 0.999
+        assert lowering.permuted_alike(run, case)
+
+
+class Windows(nn.Module):
+    """Attention written out, with a mask for each of three windows of a sample: most pairs at -100."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(32, 96)
+        self.register_buffer("bias", torch.randn(2, 16, 16))
+        self.register_buffer("mask", torch.where(torch.rand(3, 16, 16) < 0.6, -100.0, 0.0))
+
+    def forward(self, x):
+        batch = x.shape[0]
+        q, k, v = self.qkv(x).view(batch * 3, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / 4 + self.bias
+        scores = scores.view(batch, 3, 2, 16, 16) + self.mask[:, None]
+        mixed = scores.view(batch * 3, 2, 16, 16).softmax(-1) @ v
+        return mixed.transpose(1, 2).reshape(batch, -1)
+
+
+@here
+def test_a_mask_for_each_window_is_held_once_in_float32(folder):
+    module = Windows().eval()
+    graph = fuse([capture(module, {"x": torch.zeros(48, 32)}, name="image")], None, [])
+    optimise(graph)
+    made = cut(graph)
+    (segment,) = made.plan.segments
+    target = Target(4, torch.bfloat16, folder=folder)
+    replaced = native._replaced(native.joined(made.modules["image@0"], target), made.modules["image@0"])
+    (node,) = (one for one in replaced.graph.nodes if one.target is kernels.attention)
+    mask = replaced.get_buffer(str(node.args[3].target))
+    assert (tuple(mask.shape), mask.dtype) == ((3, 2, 16, 16), torch.float32)
+    assert not any(one.target is torch.ops.aten.expand.default for one in replaced.graph.nodes)
+    run = lower("native", segment, made.modules["image@0"], target, examples_of(made.plan, segment, 4))
+    x = torch.randn(4, 48, 32)
+    with torch.no_grad():
+        assert close(run(x)[0], module(x))
+
+
+# --- where it can't be had -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    monkeypatch.setattr(kernels, "_library", None)
+    monkeypatch.setattr(kernels, "why_not", lambda: "")
+
+
+def test_float32_and_other_processors_are_refused(models, monkeypatch):
+    case = lowering.family(models, "clip")
+    with pytest.raises(Unlowerable, match="bfloat16"):
+        lower("native", case.segment, case.module, Target(lowering.ROWS), case.inputs)
+    monkeypatch.setattr(kernels, "_library", None)
+    monkeypatch.setattr(kernels, "why_not", lambda: "this processor has no AMX")
+    with pytest.raises(Unlowerable, match="no AMX"):
+        lower("native", case.segment, case.module, Target(lowering.ROWS, torch.bfloat16), case.inputs)
+
+
+def test_hidden_instructions_are_not_used(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    kernels.why_not.cache_clear()
+    assert kernels.why_not()
+    kernels.why_not.cache_clear()
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    kernels._name.cache_clear()
+    with pytest.raises(
+        Unlowerable, match="needs GCC once, and there is no no-such-compiler here: install one, or set CXX"
+    ):
+        kernels.load(tmp_path / "compiled")
+    assert not list((tmp_path / "compiled").iterdir())
+    kernels._name.cache_clear()
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    fails = tmp_path / "fails"
+    fails.write_text("#!/bin/sh\necho 'attention.cpp:1: error: no such luck' >&2\nexit 1\n")
+    fails.chmod(0o700)
+    monkeypatch.setenv("CXX", str(fails))
+    with pytest.raises(Unlowerable, match=r"could not compile it: attention\.cpp:1: error: no such luck"):
+        kernels.load(None)
+
+
+@here
+def test_it_is_kept_for_its_owner_alone_and_made_anew_when_touched(monkeypatch, folder, tmp_path):
+    kernels.load(folder)
+    content, made = next(folder.iterdir()).read_bytes()[32:], []
+    monkeypatch.setattr(kernels, "_compiled", lambda: made.append(1) or content)
+    place = tmp_path / "compiled"
+
+    def load_again():
+        monkeypatch.setattr(kernels, "_library", None)
+        kernels.load(place)
+        return len(made)
+
+    assert not kernels.ready(place)
+    assert not kernels.ready(None)
+    assert [load_again(), load_again()] == [1, 1]
+    assert kernels.ready(place)
+    (kept,) = place.iterdir()
+    assert stat.S_IMODE(os.stat(kept).st_mode) == 0o600
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    assert load_again() == 2
+    assert kept.read_bytes()[32:] == content

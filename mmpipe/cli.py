@@ -273,6 +273,8 @@ def explain(
         from mmpipe.explain import collect, writing
 
         with Pipeline(loaded, say=_say) as pipeline:
+            if listing:
+                pipeline.settle(listing.samples)  # as a run over all of them would be
             samples = listing.samples[:limit] if listing else collect.made_up(pipeline, limit)
             explained = collect.explain(pipeline, samples, say=_say)
         if trace is not None:

@@ -11,7 +11,7 @@ parity gate (`mmpipe.parity`) stays float32 and eager too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,6 +60,7 @@ class Lowering:
     device: Device
     tuned: Tuned
     shorter: dict[str, Shorter] = field(default_factory=dict)  # branches that may be computed at a text's length
+    bound: Sequence[str] | None = None  # backends that a calibration's exits hold for; None: there is none
     refused: dict[str, str] = field(default_factory=dict)  # branch → why it stays float32 and eager
     _lengths: dict[int, Mapping[int, Cut]] = field(default_factory=dict)  # id of a module → by length
     _kept: dict[tuple[object, ...], tuple[GraphModule, Lowered]] = field(default_factory=dict)
@@ -253,7 +254,10 @@ class Lowering:
             return choice, "", None
         if why := kernels.why_not():
             return choice, f"attention is PyTorch's: {why}", None
-        if not kernels.ready(compiled_folder()):
+        calibrated = self.bound is not None and "native" in "+".join(self.bound).split("+")
+        if self.bound is not None and not calibrated:
+            return choice, f"attention is PyTorch's: the calibration was made with {' and '.join(self.bound)}", None
+        if not calibrated and not kernels.ready(compiled_folder()):
             others = (one for one in made.modules.values() if self._eager(_large(one)).dtype == "bfloat16")
             saved = _SAVED_S * sum(map(scores_per_row, others))
             pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)

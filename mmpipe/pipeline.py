@@ -166,6 +166,7 @@ class Pipeline:
         What can't be read becomes a Prediction with a status and a reason, never an exception.
         """
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
+        self.settle(found)
         size = self.config.output.shard_rows
         return [
             prediction
@@ -185,6 +186,7 @@ class Pipeline:
         No exits. A sample of which nothing could be read is a row of NaN: `predict` says why.
         """
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
+        self.settle(found)
         rows = np.full((len(found), sum(self._dims.values())), np.nan, dtype=np.float32)
         size = self.config.output.shard_rows
         for start in range(0, len(found), size):
@@ -235,11 +237,16 @@ class Pipeline:
                 self.runners.observers.remove(number)
                 self.runners.forget_executors()
 
-    def job_settings(self, samples: Sequence[Sample]) -> JobSettings:
-        """Decides how these samples will run, and makes ready for it; what a folder job needs to know of it."""
+    def settle(self, samples: Sequence[Sample]) -> None:
+        """Decide how a job of these samples runs, before its first batch, and make ready for it: what only many
+        samples win back is measured, and compiled for. Once a batch has run it stays as it is."""
         with self._lock:
             self.runners.settle(samples, self._limits)
             self._still_calibrated()
+
+    def job_settings(self, samples: Sequence[Sample]) -> JobSettings:
+        """Settles how these samples will run; what a folder job needs to know of it."""
+        self.settle(samples)
         source, output = self.config.source, self.config.output
         exits = tuple(exit_.name for exit_ in self.plan.exits) or (FULL,)
         promised = self._built.max_disagreement

@@ -42,7 +42,8 @@ class Runners:
         self.graph: FusedGraph = built.graph
         self._as_built = self.graph.version
         self.observers = Observers()
-        self.lowering = Lowering(config, device, Tuned(), dict(built.shorter))
+        bound = built.calibration.binds_to.backends if built.calibration else None
+        self.lowering = Lowering(config, device, Tuned(), dict(built.shorter), bound)
         self.shift: Shift | None = None  # how far the lowered graph was from float32
         self._proved = False  # the parity gate has seen real samples
         self._cut: Cut | None = None

@@ -27,6 +27,8 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     """The function. Raises Unlowerable where the machine can't, or the segment has nothing for it."""
     if target.dtype != torch.bfloat16:
         raise Unlowerable("native is for bfloat16: runtime.dtype says otherwise, or this machine gains nothing by it")
+    if target.device != "CPU":
+        raise Unlowerable(f"native computes on the CPU, and this is {target.device}")
     if not scores_per_row(module):
         raise Unlowerable(f"native has no attention to compute in {segment.name}")
     load(target.folder)

@@ -52,6 +52,7 @@ def shadow(
     pipeline: Pipeline, samples: Sequence[Sample], *, advance: Callable[[int], None] = lambda count: None
 ) -> tuple[Scores, list[str]]:
     """Scores of the samples that could be answered, and their ids. Raises InputError where none could."""
+    pipeline.settle(samples)
     plan, seen = pipeline.plan, _Seen()
     depths = [exit_ for exit_ in plan.exits if ".layer" in exit_.name and not exit_.name.startswith("head.")]
     with ExitStack() as stack:

@@ -22,7 +22,7 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "encoders.*.model": ("open_clip", "hf", "tiny", OWN),  # kinds
     "runtime.dtype": ("auto", "float32", "bfloat16"),
 }
-ON_THE_HOST = ("openvino", "onnx")  # backends that read their inputs in the host's memory
+ON_THE_HOST = ("native", "openvino", "onnx")  # backends that read their inputs in the host's memory
 _ON_A_GPU = ("tensorrt",)
 
 

@@ -41,6 +41,9 @@ def embed(config: Config, samples: Sequence[Sample], labels_N: Tensor, progress:
     ConfigError, ModelError.
     """
     with Pipeline(config, say=progress.say, encoders_only=True) as pipeline:
+        pipeline.settle(
+            samples
+        )  # as `mmpipe run` would over so many: what it keeps, this finds, and the other way round
         dims = {name: preparation.dim for name, preparation in pipeline.built.preparations.items()}
         began = time.perf_counter()
         found: dict[str, list[Tensor]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -9,9 +11,11 @@ import torch
 from support import hub
 
 from mmpipe import Pipeline, lowering
+from mmpipe.fitting.embedding import embed
 from mmpipe.graphs.backends import packed
 from mmpipe.graphs.backends.packed import available
 from mmpipe.graphs.lengths import ByLength, lengths_of, rows_at
+from mmpipe.jobs.progress import Silent
 
 LONGEST = 64
 
@@ -97,6 +101,28 @@ def test_a_folder_of_texts_has_the_same_embeddings(models, tmp_path, monkeypatch
     fewer, _, _ = run(config(models, name, other, dtype=dtype), tmp_path / "c")
     assert len(fewer) == 10
     assert all(np.array_equal(fewer[key], short[key]) for key in fewer)
+
+
+def test_what_fit_has_embedded_is_known_to_a_run_over_as_many(models, tmp_path, always, monkeypatch):
+    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path / "cache"))
+    folder = written(tmp_path / "texts", enumerate(hub.texts(9)))
+    with Pipeline.load(config(models, "bert", folder, cache="on")) as pipeline:
+        samples = pipeline.find().samples
+        embed(pipeline.config, samples, torch.zeros(len(samples), dtype=torch.long), Silent())
+        pipeline.run_folder(output=tmp_path / "out")
+    assert pipeline.resolved.segments["text@0"].lengths == (16, 32, 64)
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (about["cache"]["hits"]["text"], about["cache"]["misses"]["text"]) == (9, 0)
+
+
+def test_a_list_of_samples_is_a_job_of_as_many(models, tmp_path, always):
+    folder = written(tmp_path / "texts", enumerate(hub.texts(9)))
+    with Pipeline.load(config(models, "bert", folder)) as pipeline:
+        samples = pipeline.find().samples
+        wanted, _, _ = run(config(models, "bert", folder), tmp_path / "out")
+        found = pipeline.embed(samples)
+        assert pipeline.resolved.segments["text@0"].lengths == (16, 32, 64)
+    assert all(np.array_equal(row, wanted[sample.id]) for row, sample in zip(found, samples, strict=True))
 
 
 def test_weights_are_held_once(models, tmp_path, always):

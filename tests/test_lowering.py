@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import compilers, hub, shop
+from support.lowering import native_here
 
 from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity
 from mmpipe.explain import collect
@@ -16,8 +17,6 @@ from mmpipe.graphs.backends import Unlowerable, kernels
 from mmpipe.parity import Shift
 from mmpipe.resolved import PLAIN, Choice
 from mmpipe.tuned import Best, Tuned
-
-own = pytest.mark.skipif(bool(kernels.why_not()), reason=kernels.why_not() or "it runs")
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +262,7 @@ def test_attention_that_can_not_be_had_is_pytorchs_and_explained(attentive, monk
     assert chosen(pipeline, 100) == ("eager", "attention is PyTorch's: it needs GCC once", None)
 
 
-@own
+@native_here
 def test_native_leaves_what_it_has_nothing_for_to_eager(weights, monkeypatch):
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 4.0)
     monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
@@ -273,7 +272,7 @@ def test_native_leaves_what_it_has_nothing_for_to_eager(weights, monkeypatch):
         assert "eager where there is no attention in bfloat16" in pipeline.resolved.reasons["backend"]
 
 
-@own
+@native_here
 def test_native_gives_the_answers_of_eager(models):
     section, media = hub.section(models, "clip"), [{"image": one} for one in hub.media_of("image", 11)]
     ways = [embedded(section, "image", media, dtype="bfloat16", backend=backend) for backend in ("eager", "native")]

@@ -1,11 +1,10 @@
-// Attention over short sequences in bfloat16, for processors that multiply it: softmax(q kᵀ · scale + mask) v.
+// Attention over short sequences in bfloat16, for processors with AMX: softmax(q kᵀ · scale + mask) v.
 //
-// One (batch, head) after the other, whole in the first cache: keys and values are laid out as factors once, up to 64
-// queries are multiplied with all keys, their scores stay in float32 through the softmax, and are rounded to bfloat16
-// only as factors of the values. A row's bits depend on its own numbers alone, not on batch or threads.
+// One (batch, head) after the other, whole in the first cache: keys and values are laid out for the tile unit once, up
+// to 64 queries are multiplied with all keys, their scores stay in float32 through the softmax, and are rounded to
+// bfloat16 only as factors of the values. A row's bits depend on its own numbers alone, not on batch or threads.
 //
 // Tiles: A 16 rows of 32 bfloat16; B 16 rows of 16 pairs (two numbers that are added up side by side); C 16 x 16 float32.
-// AMX multiplies one by the other; AVX-512, where there is no AMX, takes a row of B at a time.
 
 #if defined(__clang__) || !defined(__GNUC__)
 #error "GCC is needed: another compiler's OpenMP would bring a second pool of threads beside PyTorch's"
@@ -30,6 +29,12 @@ const long MOST_QUERIES = 64;
 struct Matrix {  // [batch, head, token, …], the last dimension dense; strides in numbers
     const void *data;
     long batch, head, token;
+};
+
+struct alignas(64) TileConfig {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
 };
 
 inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -119,30 +124,6 @@ void lay_out_values(const bf16 *from, long step, long count, long width, bf16 *t
 
 // C [32, 32] at `to` = A [32, 32 · chunks] · B, whose tiles of two neighbouring columns begin at `one` and `two`
 // (null: there is none) and lie `b_step` numbers apart
-#ifdef __AMX_BF16__
-
-struct alignas(64) TileConfig {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-// A thread's tile unit, set up; whoever uses it on this thread too finds it as it was.
-class Unit {
-    TileConfig before;
-
-  public:
-    Unit() {
-        const TileConfig all = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-        _tile_storeconfig(&before);
-        _tile_loadconfig(&all);
-    }
-    ~Unit() { _tile_loadconfig(&before); }
-};
-
-// The system lends a process the unit once it has asked.
-int begin() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
-
 inline void multiply(const bf16 *a, long a_step, const bf16 *one, const bf16 *two, long b_step, long chunks, float *to,
                      long to_step) {
     _tile_zero(0);
@@ -168,50 +149,6 @@ inline void multiply(const bf16 *a, long a_step, const bf16 *one, const bf16 *tw
         _tile_stored(3, to + 16 * to_step + 16, to_step * 4);
     }
 }
-
-#else
-
-struct Unit {};
-
-int begin() { return 0; }
-
-template <int COLUMNS>
-inline void multiply_rows(const bf16 *a, long a_step, const bf16 *const *b, long b_step, long chunks, float *to,
-                          long to_step) {
-    const int ROWS = 8;  // and two columns are half of the registers
-    __m512 sum[ROWS][COLUMNS] = {};
-    for (long c = 0; c < chunks; c++)
-        for (long k = 0; k < 16; k++) {
-            __m512bh factors[COLUMNS];
-#pragma GCC unroll 2
-            for (int n = 0; n < COLUMNS; n++)
-                factors[n] = (__m512bh)_mm512_load_si512(b[n] + c * b_step + k * 32);
-#pragma GCC unroll 8
-            for (int i = 0; i < ROWS; i++) {
-                int32_t pair;
-                memcpy(&pair, a + i * a_step + c * 32 + k * 2, 4);
-#pragma GCC unroll 2
-                for (int n = 0; n < COLUMNS; n++)
-                    sum[i][n] = _mm512_dpbf16_ps(sum[i][n], (__m512bh)_mm512_set1_epi32(pair), factors[n]);
-            }
-        }
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 2
-        for (int n = 0; n < COLUMNS; n++) _mm512_store_ps(to + i * to_step + n * 16, sum[i][n]);
-}
-
-inline void multiply(const bf16 *a, long a_step, const bf16 *one, const bf16 *two, long b_step, long chunks, float *to,
-                     long to_step) {
-    const bf16 *const b[2] = {one, two};
-    for (int i = 0; i < 32; i += 8)
-        if (two)
-            multiply_rows<2>(a + i * a_step, a_step, b, b_step, chunks, to + i * to_step, to_step);
-        else
-            multiply_rows<1>(a + i * a_step, a_step, b, b_step, chunks, to + i * to_step, to_step);
-}
-
-#endif
 
 // One row of scores → its exponentials in bfloat16, not yet divided by their sum, which is returned.
 // N: vectors of 16 keys, held in registers; 0: as many as there are, held in `scores`.
@@ -274,8 +211,8 @@ void fetch(const bf16 *from, long step, long count, long width) {
 
 }  // namespace
 
-// Before the first call. Not 0: the system has not what this was compiled for.
-extern "C" int attention_begin() { return begin(); }
+// Asks the system for the tile unit, which it lends a process once. Not 0: there is none.
+extern "C" int attention_begin() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
 
 // All of these are made of one struct of numbers, so that a call from Python passes few arguments. `mask` repeats
 // after `period` of the batch. Not 0: no memory.
@@ -314,9 +251,11 @@ extern "C" int attention(const Call *call) {
         bf16 *const factors = (bf16 *)take(factor_bytes);
         float *const out = (float *)take(out_bytes), sums[MOST_QUERIES] = {};
 
-        const Unit unit;
+        TileConfig before, all = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
         const unsigned control = _mm_getcsr();
         _mm_setcsr(control | 0x8040);  // numbers below 2^-126 are zero: masks of -100 make many, each a hundred cycles
+        _tile_storeconfig(&before);  // whoever uses tiles on this thread too finds them as they were
+        _tile_loadconfig(&all);
 #pragma omp for schedule(static)
         for (long n = 0; n < call->batch * heads; n++) {
             const long b = n / heads, h = n % heads;
@@ -360,6 +299,7 @@ extern "C" int attention(const Call *call) {
                 }
             }
         }
+        _tile_loadconfig(&before);
         _mm_setcsr(control);
     }
     free(space);

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from mmpipe import Pipeline
-from mmpipe.graphs.backends import Lowered, Target, examples_of, lower
+from mmpipe.graphs.backends import Lowered, Target, examples_of, kernels, lower
 from mmpipe.graphs.cut import cut
 from mmpipe.graphs.plan import PRESENCE, Segment
 from support import hub
@@ -18,6 +20,9 @@ from support import hub
 ROWS = 8
 RATE_HZ = 16000
 TOLERANCE = 1e-5  # of the largest magnitude, in float32
+native_here = pytest.mark.skipif(
+    bool(kernels.why_not()) or shutil.which("g++") is None, reason=kernels.why_not() or "needs GCC"
+)
 
 
 @dataclass(frozen=True)

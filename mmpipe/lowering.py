@@ -23,7 +23,7 @@ from mmpipe.capturing import Shorter
 from mmpipe.config import Config
 from mmpipe.graphs import cost
 from mmpipe.graphs.backends import OPERATION_BY_OPERATION, Lowered, Target, Unlowerable, examples_of, kernels, lower
-from mmpipe.graphs.backends.native import scores_per_row
+from mmpipe.graphs.backends.native import saved_seconds
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import fuse
 from mmpipe.graphs.lengths import ByLength, in_order, lengths_of, rows_at, share_with
@@ -38,7 +38,6 @@ from mmpipe.tuned import WON_BACK, Tuned
 LARGE_NUMBERS = 5_000_000
 TOKENS_FOR_LENGTHS = 65_536  # of a job's texts, padded: a text encoder is captured for several lengths meanwhile
 _GAIN = 1.3  # how much faster a product has to be
-_SAVED_S = 0.7e-9  # by native for each pair of a query and a key, at least, on two cores of a Xeon
 
 
 @dataclass(frozen=True)
@@ -242,33 +241,33 @@ class Lowering:
         if runtime.backend == "onnx" and runtime.dtype == "auto":
             dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU
         if runtime.backend == "native" and not (
-            scores_per_row(module) and (dtype == "bfloat16" or runtime.dtype != "auto")
+            saved_seconds(module) and (dtype == "bfloat16" or runtime.dtype != "auto")
         ):
-            return Choice("eager", dtype), "configured; eager where there is no attention in bfloat16", None
+            return Choice("eager", dtype), "configured; eager where there is nothing for it in bfloat16", None
         return Choice(runtime.backend, dtype), "configured", None
 
     def _plain(self, made: Cut, module: GraphModule, large: bool, job_rows: int) -> tuple[Choice, str, int | None]:
-        """What needs no tuning: attention of our own where it can be had, without waiting for a compiler in vain."""
+        """What needs no tuning: code of our own where it can be had, without waiting for a compiler in vain."""
         choice = self._eager(large)
-        if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not scores_per_row(module):
+        if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not saved_seconds(module):
             return choice, "", None
         if why := kernels.why_not():
-            return choice, f"attention is PyTorch's: {why}", None
+            return choice, f"not native: {why}", None
         calibrated = self.bound is not None and "native" in "+".join(self.bound).split("+")
         if self.bound is not None and not calibrated:
-            return choice, f"attention is PyTorch's: the calibration was made with {' and '.join(self.bound)}", None
+            return choice, f"not native: the calibration was made with {' and '.join(self.bound)}", None
         if not calibrated and not kernels.ready(compiled_folder()):
             others = (one for one in made.modules.values() if self._eager(_large(one)).dtype == "bfloat16")
-            saved = _SAVED_S * sum(map(scores_per_row, others))
+            saved = sum(map(saved_seconds, others))
             pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)
             if job_rows < pays_from:
                 why = f"{job_rows} rows would save {job_rows * saved:.1f} s, compiling takes {kernels.SECONDS:.0f} s"
-                return choice, f"attention is PyTorch's: {why}, once", pays_from
+                return choice, f"not native: {why}, once", pays_from
         try:  # now, so that what is resolved is what runs
             kernels.load(compiled_folder())
         except Unlowerable as error:
-            return choice, f"attention is PyTorch's: {error}", None
-        return replace(choice, backend="native"), "native: attention compiled for this processor", None
+            return choice, f"not native: {error}", None
+        return replace(choice, backend="native"), "native: attention and norms compiled for this processor", None
 
     def _eager(self, large: bool) -> Choice:
         """The plain backend, in the type that is configured, else in the one that pays."""

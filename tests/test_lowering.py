@@ -233,12 +233,12 @@ def test_attention_is_compiled_where_a_job_wins_it_back(attentive):
     assert loaded == []
     backend, why, pays_from = chosen(pipeline, 0)
     assert backend == "eager"
-    assert "attention is PyTorch's: 0 rows would save 0.0 s, compiling takes 2 s, once" in why
+    assert "not native: 0 rows would save 0.0 s, compiling takes 2 s, once" in why
     assert chosen(pipeline, pays_from - 1)[0] == "eager"
     assert loaded == []
     backend, why, pays_from = chosen(pipeline, pays_from)
     assert (backend, pays_from) == ("native", None)
-    assert "native: attention compiled for this processor" in why
+    assert "native: attention and norms compiled for this processor" in why
     assert len(loaded) == 1
 
 
@@ -251,7 +251,7 @@ def test_attention_that_was_compiled_before_is_used_by_any_job(attentive, monkey
 def test_attention_that_can_not_be_had_is_pytorchs_and_explained(attentive, monkeypatch):
     pipeline, _ = attentive
     monkeypatch.setattr(kernels, "why_not", lambda: "this processor has no AMX")
-    assert chosen(pipeline, 100) == ("eager", "attention is PyTorch's: this processor has no AMX", None)
+    assert chosen(pipeline, 100) == ("eager", "not native: this processor has no AMX", None)
     monkeypatch.setattr(kernels, "why_not", lambda: "")
 
     def refuse(folder):
@@ -259,7 +259,7 @@ def test_attention_that_can_not_be_had_is_pytorchs_and_explained(attentive, monk
 
     monkeypatch.setattr(kernels, "load", refuse)
     monkeypatch.setattr(kernels, "SECONDS", 1e-9)
-    assert chosen(pipeline, 100) == ("eager", "attention is PyTorch's: it needs GCC once", None)
+    assert chosen(pipeline, 100) == ("eager", "not native: it needs GCC once", None)
 
 
 @native_here
@@ -269,7 +269,7 @@ def test_native_leaves_what_it_has_nothing_for_to_eager(weights, monkeypatch):
     with Pipeline.load(shop.config(weights, runtime={"backend": "native"})) as pipeline:
         backends_of = {name: choice.backend for name, choice in pipeline.resolved.segments.items()}
         assert backends_of == {"image@0": "eager", "text@0": "native", "audio@0": "eager"}
-        assert "eager where there is no attention in bfloat16" in pipeline.resolved.reasons["backend"]
+        assert "eager where there is nothing for it in bfloat16" in pipeline.resolved.reasons["backend"]
 
 
 @native_here

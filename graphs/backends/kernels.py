@@ -1,7 +1,7 @@
 """Code of our own for the processor: C++ that is compiled once on a machine, kept, and loaded.
 
-attention.cpp is all there is of it. It needs Linux, a processor with AMX, and, the first time, GCC. Written for AVX-512
-alone it was no faster than PyTorch's.
+layer_norm.cpp is for processors with AVX-512 for bfloat16, attention.cpp for those that have AMX too: written for
+AVX-512 alone it was no faster than PyTorch's. Both need Linux and, the first time, GCC.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ SECONDS = 2.0  # that compiling takes, about
 MOST_KEYS = 1024  # a block's scores stay in the second cache
 MOST_WIDTH = 256
 
-_SOURCE = Path(__file__).with_name("attention.cpp")
-_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16", "fma")
+MOST_NORMED = 4096  # width of a layer norm
+
+_VECTORS = ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")  # as /proc/cpuinfo has them
+_TILES = ("amx_tile", "amx_bf16")
+_SOURCES = {"layer_norm.cpp": _VECTORS, "attention.cpp": (*_VECTORS, *_TILES)}  # what each needs
+_WITHOUT_TILES = ("AVX512_CORE_BF16", "AVX512_CORE_FP16")  # of oneDNN's limits, those that leave bfloat16
 _OPTIONS = {"avx512_bf16": "-mavx512bf16", "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}  # GCC's names
 # no contraction: last bits would be the compiler's choice
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-w", "-fopenmp", "-shared", "-fPIC")
@@ -59,21 +63,29 @@ class _Call(ctypes.Structure):
     )
 
 
-@functools.cache
 def why_not() -> str:
-    """Why this machine can't run it, or ""."""
+    """Why this machine can't run any of it, or ""."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "native code is for Linux on x86-64"
-    hidden = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if hidden and hidden not in ("DEFAULT", "ALL") and "AMX" not in hidden:
-        return f"ONEDNN_MAX_CPU_ISA={hidden} hides AMX"
+    return "" if sources() else "this processor has no AVX-512 for bfloat16, or is told to hide it"
+
+
+@functools.cache
+def sources() -> tuple[str, ...]:
+    """Those files whose instructions this processor has. oneDNN's limit holds for them too."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    hidden: tuple[str, ...] = ()
+    if limit in _WITHOUT_TILES:
+        hidden = _TILES
+    elif limit not in ("", "DEFAULT", "ALL") and "AMX" not in limit:
+        hidden = (*_VECTORS, *_TILES)
     flags: set[str] = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("flags"):
                 flags = set(line.partition(":")[2].split())
                 break
-    return "" if flags.issuperset(_FEATURES) else "this processor has no AMX"
+    return tuple(name for name, needed in _SOURCES.items() if flags.difference(hidden).issuperset(needed))
 
 
 def ready(folder: Path | None) -> bool:
@@ -90,9 +102,12 @@ def load(folder: Path | None) -> None:
         if why := why_not():
             raise Unlowerable(why)
         made = _loaded(kept(folder, _name(), _compiled))
-        made.attention.argtypes = [ctypes.POINTER(_Call)]
-        if made.attention_begin():
-            raise Unlowerable("the system does not lend this process AMX's tiles")
+        made.layer_norm.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 4 + [ctypes.c_float, ctypes.c_long]
+        made.layer_norm.restype = None
+        if "attention.cpp" in sources():
+            made.attention.argtypes = [ctypes.POINTER(_Call)]
+            if made.attention_begin():
+                raise Unlowerable("the system does not lend this process AMX's tiles")
         _library = made
 
 
@@ -135,38 +150,69 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, order: Tensor | None = None) -> Tensor:
+    """torch.layer_norm over the last dimension, its statistics in float32.
+
+    x: bfloat16 […, width], at most MOST_NORMED; weight, bias: float32 [width]. order: int64 [count], for x of three
+    dimensions: which of a sample's rows stands where in the result, [batch, count, width].
+    """
+    assert _library is not None
+    x = x.contiguous()
+    width = x.shape[-1]
+    if order is None:
+        out, sizes = torch.empty_like(x), (1, x.numel() // width, x.numel() // width)
+    else:
+        out = x.new_empty(len(x), len(order), width)
+        sizes = (len(x), x.shape[1], len(order))
+    pointers = (x.data_ptr(), out.data_ptr(), weight.data_ptr(), bias.data_ptr())
+    at = None if order is None else order.data_ptr()
+    _library.layer_norm(*pointers, at, *sizes, width, eps, torch.get_num_threads())
+    return out
+
+
 def _name() -> str:
     """By what it is made of: another source, or other flags, is another artefact."""
-    made_of = _SOURCE.read_bytes() + repr([_FLAGS, _FEATURES, os.environ.get("CXX", "")]).encode()
-    return f"attention-{hashlib.sha256(made_of).hexdigest()[:32]}.so"
+    made_of = b"".join(_path(name).read_bytes() for name in sources())
+    made_of += repr([_FLAGS, _options(), os.environ.get("CXX", "")]).encode()
+    return f"native-{hashlib.sha256(made_of).hexdigest()[:32]}.so"
+
+
+def _path(name: str) -> Path:
+    return Path(__file__).with_name(name)
+
+
+def _options() -> list[str]:
+    """What the compiler is told of the processor."""
+    needed = dict.fromkeys(feature for name in sources() for feature in _SOURCES[name])
+    return [_OPTIONS.get(feature, f"-m{feature}") for feature in needed]
 
 
 def _compiled() -> bytes:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0] if compiler.split() else "") is None:
-        raise Unlowerable(f"it needs GCC once, and there is no {compiler} here: install one, or set CXX")
-    features = [_OPTIONS.get(name, f"-m{name}") for name in _FEATURES]
+        raise Unlowerable(f"native needs GCC once, and there is no {compiler} here: install one, or set CXX")
     with tempfile.TemporaryDirectory() as place:
-        made = Path(place) / "attention.so"
-        command = [*compiler.split(), *_FLAGS, *features, "-o", str(made), str(_SOURCE)]
+        made = Path(place) / "native.so"
+        files = [str(_path(name)) for name in sources()]
+        command = [*compiler.split(), *_FLAGS, *_options(), "-o", str(made), *files]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unlowerable(f"{compiler} could not compile it: {error}") from error
+            raise Unlowerable(f"{compiler} could not compile native code: {error}") from error
         if done.returncode or not made.is_file():
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-            raise Unlowerable(f"{compiler} could not compile it: {lines[0]}")
+            raise Unlowerable(f"{compiler} could not compile native code: {lines[0]}")
         return made.read_bytes()
 
 
 def _loaded(content: bytes) -> ctypes.CDLL:
     """From memory: what is loaded is what was verified, whatever happens to a file."""
-    handle = os.memfd_create("mmpipe-attention")
+    handle = os.memfd_create("mmpipe-native")
     try:
         with open(handle, "wb", closefd=False) as file:
             file.write(content)
         return ctypes.CDLL(f"/proc/self/fd/{handle}")
     except OSError as error:
-        raise Unlowerable(f"it can't be loaded: {error}") from error
+        raise Unlowerable(f"native code can't be loaded: {error}") from error
     finally:
         os.close(handle)

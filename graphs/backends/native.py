@@ -1,7 +1,9 @@
-"""The plain backend with attention in code of our own (kernels.py), for processors with AMX and in bfloat16.
+"""The plain backend with attention and layer norms in code of our own (kernels.py), in bfloat16.
 
-PyTorch's kernel is made for long sequences: of the few dozen patches, words or frames that an encoder sees, most of its
-time goes into calls of small products. Ours keeps a head of a sample in the first cache from its scores to its result.
+PyTorch's attention is made for long sequences: of the few dozen patches, words or frames that an encoder sees, most of
+its time goes into calls of small products. Ours keeps a head of a sample in the first cache from its scores to its
+result. PyTorch's norm takes three to four times as long as reading and writing the rows does; ours up to twice, and
+puts them in the order of the next windows on their way.
 """
 
 from __future__ import annotations
@@ -16,11 +18,23 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
 from mmpipe.graphs.backends.eager import joined, written
-from mmpipe.graphs.backends.kernels import MOST_KEYS, MOST_WIDTH, attention, base2, load
+from mmpipe.graphs.backends.kernels import (
+    MOST_KEYS,
+    MOST_NORMED,
+    MOST_WIDTH,
+    attention,
+    base2,
+    layer_norm,
+    load,
+    sources,
+)
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 from mmpipe.graphs.plan import Segment
 
 aten = torch.ops.aten
+
+# Saved for each pair of a query and a key, and for each number that is normed: at least, on two cores of a Xeon.
+_SCORE_S, _NORMED_S = 0.7e-9, 0.3e-9
 
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
@@ -29,23 +43,103 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         raise Unlowerable("native is for bfloat16: runtime.dtype says otherwise, or this machine gains nothing by it")
     if target.device != "CPU":
         raise Unlowerable(f"native computes on the CPU, and this is {target.device}")
-    if not scores_per_row(module):
-        raise Unlowerable(f"native has no attention to compute in {segment.name}")
     load(target.folder)
-    return written(segment, _replaced(joined(module, target), module), examples)
+    if not saved_seconds(module):
+        raise Unlowerable(f"native has nothing to compute in {segment.name}")
+    return written(segment, replaced(joined(module, target), module), examples)
 
 
-def scores_per_row(module: fx.GraphModule) -> int:
-    """Pairs of a query and a key in a row of the batch, over all attention that would be computed here; 0: none."""
-    return sum(_scores(node) for node in module.graph.nodes if _fits(node))
+def saved_seconds(module: fx.GraphModule) -> float:
+    """A row of the batch takes less by about so much; 0: there is nothing for it here."""
+    total = 0.0
+    for node in module.graph.nodes:
+        if _attends(node):
+            total += _SCORE_S * _numbers(mark_of(node.args[0]).shape[:3]) * mark_of(node.args[1]).shape[2]  # type: ignore
+        elif _norms(node):
+            total += _NORMED_S * _numbers(mark_of(node).shape)
+    return total
 
 
-def _fits(node: fx.Node) -> bool:
-    if (
-        node.target is not aten.scaled_dot_product_attention.default
-        or len(node.args) > 4
-        or set(node.kwargs) - {"scale"}
-    ):
+def _numbers(shape: Any) -> int:
+    """For one row of the batch; "64*B": 64 for each."""
+    batch, *sizes = shape
+    times = int(batch.partition("*")[0]) if isinstance(batch, str) and "*" in batch else 1
+    return times * math.prod(map(int, sizes))
+
+
+def replaced(short: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a lowered module, sharing its weights; constant masks are those of `module`, in float32."""
+    made = fx.GraphModule(short, copy.deepcopy(short.graph))
+    for node in list(made.graph.nodes):
+        if any(mark_of(part).dtype != torch.bfloat16 for part in (node, *node.all_input_nodes[:1])):
+            continue
+        if _attends(node):
+            _attend(made, module, node)
+        elif _norms(node) and _plain_factors(made, node):
+            _norm(made, node)
+    made.graph.eliminate_dead_code()
+    drop_unread_tensors(made)
+    made.recompile()
+    return made
+
+
+def _put(graph: fx.Graph, node: fx.Node, function: Any, arguments: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        made = graph.call_function(function, arguments)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+# --- layer norms ------------------------------------------------------------------------------------------------------
+
+
+def _norms(node: fx.Node) -> bool:
+    if node.target is not aten.layer_norm.default or len(node.args) < 4 or None in node.args[2:4]:
+        return False
+    shape, normed = mark_of(node).shape, node.args[1]
+    if shape is None or not isinstance(normed, (list, tuple)) or list(normed) != [shape[-1]]:
+        return False
+    return all(isinstance(size, int) for size in shape[1:]) and 0 < int(shape[-1]) <= MOST_NORMED
+
+
+def _plain_factors(made: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether its weight and bias are float32 numbers side by side."""
+    factors: Any = node.args[2:4]
+    if any(factor.op != "get_attr" for factor in factors):
+        return False
+    tensors = [get_tensor(made, str(factor.target)) for factor in factors]
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+
+
+def _norm(made: fx.GraphModule, node: fx.Node) -> None:
+    """With the choice of rows that alone reads it, if one does."""
+    eps: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)
+    x, _, weight, bias = node.args[:4]
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is None or user.target is not aten.index_select.default or not _picks(made, user):
+        _put(made.graph, node, layer_norm, (x, weight, bias, eps))
+        return
+    _put(made.graph, user, layer_norm, (x, weight, bias, eps, user.args[2]))
+    made.graph.erase_node(node)
+
+
+def _picks(made: fx.GraphModule, select: fx.Node) -> bool:
+    """Whether it picks rows of each sample, always the same."""
+    order: Any = select.args[2]
+    if select.args[1] != 1 or len(mark_of(select).shape or ()) != 3 or order.op != "get_attr":
+        return False
+    tensor = get_tensor(made, str(order.target))
+    return tensor.dtype == torch.int64 and tensor.is_contiguous()
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attends(node: fx.Node) -> bool:
+    if node.target is not aten.scaled_dot_product_attention.default or "attention.cpp" not in sources():
+        return False
+    if len(node.args) > 4 or set(node.kwargs) - {"scale"}:
         return False  # dropout, a causal mask that is not written out, heads that share keys
     query, key, value = (mark_of(part).shape or () for part in node.args[:3])  # type: ignore[arg-type]
     mask = node.args[3] if len(node.args) > 3 else None
@@ -63,34 +157,15 @@ def _repeats(mask: Sequence[int | str] | None, query: Sequence[int | str], key: 
     return mask[0] in (1, query[0]) and mask[1] in (1, query[1]) and mask[2] in (1, query[2]) and mask[3] == key[2]
 
 
-def _scores(node: fx.Node) -> int:
-    batch, heads, queries, _ = mark_of(node.args[0]).shape or ()  # type: ignore[arg-type]
-    keys = (mark_of(node.args[1]).shape or ())[2]  # type: ignore[arg-type]
-    times = int(batch.partition("*")[0]) if isinstance(batch, str) and "*" in batch else 1
-    return times * int(heads) * int(queries) * int(keys)
-
-
-def _replaced(short: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a lowered module, sharing its weights; constant masks are those of `module`, in float32."""
-    made = fx.GraphModule(short, copy.deepcopy(short.graph))
-    for node in list(made.graph.nodes):
-        if not _fits(node) or any(mark_of(part).dtype != torch.bfloat16 for part in node.args[:3]):
-            continue
-        width = (mark_of(node.args[0]).shape or ())[3]
-        scale: Any = node.kwargs.get("scale")
-        scale = 1 / math.sqrt(int(width)) if scale is None else float(scale)
-        mask = node.args[3] if len(node.args) > 3 else None
+def _attend(made: fx.GraphModule, module: fx.GraphModule, node: fx.Node) -> None:
+    width = (mark_of(node.args[0]).shape or ())[3]  # type: ignore[arg-type]
+    scale: Any = node.kwargs.get("scale")
+    scale = 1 / math.sqrt(int(width)) if scale is None else float(scale)
+    mask: Any = node.args[3] if len(node.args) > 3 else None
+    if mask is not None:
         with made.graph.inserting_before(node):
-            known = None if mask is None else _constant(made, module, mask)
-            arguments = (*node.args[:3], mask if known is None else known)
-            new = made.graph.call_function(attention, (*arguments, scale))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        made.graph.erase_node(node)
-    made.graph.eliminate_dead_code()
-    drop_unread_tensors(made)
-    made.recompile()
-    return made
+            mask = _constant(made, module, mask) or mask
+    _put(made.graph, node, attention, (*node.args[:3], mask, scale))
 
 
 def _constant(made: fx.GraphModule, module: fx.GraphModule, mask: Any) -> fx.Node | None:

@@ -1,4 +1,5 @@
-"""Attention of our own, against PyTorch's in float32; and that it is left out where it can't be had."""
+"""Attention and layer norms of our own, against PyTorch's in float32; and that they are left out where they can't be
+had."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from support import hub, lowering
 from support.lowering import native_here as here
+from support.lowering import tiles_here
 from torch import nn
 
 from mmpipe.graphs.backends import Target, Unlowerable, examples_of, kernels, lower, native
@@ -51,7 +53,7 @@ def close(found, want):
     return bool((found.float() - want).abs().max() <= 2**-7 * want.abs().max())
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("width", [1, 8, 15, 16, 24, 32, 33, 64, 80, 256])
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_every_shape_is_pytorchs_attention(width, queries, keys):
     assert found.transpose(1, 2).is_contiguous()  # as what follows wants it
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("keys", [16, 40, 64, 100, 128, 300, kernels.MOST_KEYS])
 @pytest.mark.parametrize("shape", [(1, 2, 1), (1, 1, 0), (6, 2, 0), (3, 1, 0), (6, 1, 1)])
@@ -87,7 +89,7 @@ def test_every_mask_is_pytorchs(keys, shape, kind):
     assert close(kernels.attention(query, key, value, given, 0.2), wanted(query, key, value, mask, 0.2))
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 def test_a_mask_that_is_a_view_is_read_as_it_lies():
     query, key, value = (heads(4, 2, 40, 32, seed) for seed in (1, 2, 3))
@@ -96,7 +98,7 @@ def test_a_mask_that_is_a_view_is_read_as_it_lies():
         assert close(kernels.attention(query, key, value, mask, 0.1), wanted(query, key, value, mask, 0.1))
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 def test_queries_that_are_left_no_key_look_at_all_alike():
     query, key, value = (heads(2, 1, 20, 16, seed) for seed in (1, 2, 3))
@@ -105,7 +107,7 @@ def test_queries_that_are_left_no_key_look_at_all_alike():
         assert close(found, value.float().mean(2, keepdim=True).expand(found.shape))
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("large", [float("nan"), float("inf"), 3e38])
 def test_what_is_no_number_stays_with_its_sample(large):
@@ -120,7 +122,7 @@ def test_what_is_no_number_stays_with_its_sample(large):
         assert found[1, 0, 5].isnan().all()
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 def test_a_samples_bytes_are_its_own_whatever_the_batch_and_the_threads():
     query, key, value = (heads(7, 3, 50, 24, seed) for seed in (1, 2, 3))
@@ -136,7 +138,7 @@ def test_a_samples_bytes_are_its_own_whatever_the_batch_and_the_threads():
         assert torch.equal(kernels.attention(query[one], key[one], value[one], mask, 0.3), found[one])
 
 
-@here
+@tiles_here
 @pytest.mark.usefixtures("loaded")
 def test_no_rows_and_other_layouts():
     query, key, value = (heads(2, 2, 12, 24, seed) for seed in (1, 2, 3))
@@ -144,6 +146,57 @@ def test_no_rows_and_other_layouts():
     turned = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in (query, key, value)]
     assert turned[0].stride(-1) != 1
     assert torch.equal(kernels.attention(*turned, None, 1.0), kernels.attention(query, key, value, None, 1.0))
+
+
+# --- layer norms -----------------------------------------------------------------------------------------------------
+
+
+def rows_of(*shape, seed=0):
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3 + 5
+    return made.to(torch.bfloat16)
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("width", [1, 7, 16, 17, 96, 100, 192, 384, 385, 768, 1024, kernels.MOST_NORMED])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7,), (2, 3, 4), (0, 5)])
+def test_every_norm_is_pytorchs(width, shape):
+    x, weight, bias = rows_of(*shape, width), torch.randn(width), torch.randn(width)
+    found = kernels.layer_norm(x, weight, bias, 1e-5)
+    want = torch.layer_norm(x.float(), [width], weight, bias, 1e-5)
+    assert (found.dtype, found.shape) == (torch.bfloat16, x.shape)
+    assert bool(((found.float() - want).abs() <= 2**-8 * want.abs() + 1e-5).all())  # one rounding
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+def test_norms_of_rows_far_from_zero_and_of_rows_that_are_all_alike():
+    weight, bias = torch.ones(96), torch.zeros(96)
+    far = rows_of(4, 96) + 1000
+    want = torch.layer_norm(far.float(), [96], weight, bias, 1e-5)
+    assert (kernels.layer_norm(far, weight, bias, 1e-5).float() - want).abs().max() < 0.02
+    alike = torch.full((2, 96), 3.25, dtype=torch.bfloat16)
+    assert torch.equal(kernels.layer_norm(alike, weight, bias, 1e-5), torch.zeros_like(alike))
+
+
+@here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("width", [96, 100, 384, 768])
+def test_normed_rows_are_their_own_in_any_order_batch_and_number_of_threads(width):
+    x, weight, bias = rows_of(5, 12, width), torch.randn(width), torch.randn(width)
+    found = kernels.layer_norm(x, weight, bias, 1e-6)
+    order = torch.tensor([11, 0, 0, 5, 3, 7, 2])
+    for threads in (1, 2, 3):
+        with threads_of(threads):
+            assert torch.equal(kernels.layer_norm(x, weight, bias, 1e-6, order), found[:, order])
+    for n in range(5):
+        assert torch.equal(kernels.layer_norm(x[n : n + 1], weight, bias, 1e-6), found[n : n + 1])
+    assert torch.equal(kernels.layer_norm(x.transpose(0, 1), weight, bias, 1e-6), found.transpose(0, 1))
+    x[2, 3, 4] = float("nan")
+    spoiled = kernels.layer_norm(x, weight, bias, 1e-6)
+    assert spoiled[2, 3].isnan().all()
+    spoiled[2, 3] = found[2, 3]
+    assert torch.equal(spoiled, found)
 
 
 # --- segments --------------------------------------------------------------------------------------------------------
@@ -154,27 +207,29 @@ def models(tmp_path_factory):
     return hub.Models(tmp_path_factory.mktemp("models"))
 
 
-def attended(case, folder):
+def count(case, folder, function):
     target = Target(lowering.ROWS, torch.bfloat16, folder=folder)
-    run = native._replaced(native.joined(case.module, target), case.module)
-    return [node.target for node in run.graph.nodes if node.op == "call_function"].count(kernels.attention)
+    run = native.replaced(native.joined(case.module, target), case.module)
+    return [node.target for node in run.graph.nodes if node.op == "call_function"].count(function)
 
 
 @here
 @pytest.mark.parametrize("name", hub.FAMILIES)
-def test_every_family_with_attention_keeps_its_embeddings_and_each_row_its_bytes(models, name, folder):
+def test_every_family_keeps_its_embeddings_and_each_row_its_bytes(models, name, folder):
     case = lowering.family(models, name)
     target = Target(lowering.ROWS, torch.bfloat16, folder=folder)
     inside = [
         node for node in case.module.graph.nodes if node.target is torch.ops.aten.scaled_dot_product_attention.default
     ]
-    if not native.scores_per_row(case.module):
+    if not native.saved_seconds(case.module):
         assert not inside
-        with pytest.raises(Unlowerable, match="no attention"):
+        with pytest.raises(Unlowerable, match="nothing to compute"):
             lower("native", case.segment, case.module, target, case.inputs)
         return
     run = lower("native", case.segment, case.module, target, case.inputs)
-    assert attended(case, folder) == len(inside)
+    if "attention.cpp" in kernels.sources():
+        assert count(case, folder, kernels.attention) == len(inside)
+    assert count(case, folder, kernels.layer_norm) > 1
     with torch.inference_mode():
         for found, want in zip(run(*case.inputs), case.eager(), strict=True):
             assert nn.functional.cosine_similarity(found.flatten(1), want.flatten(1)).min() > 0.999
@@ -200,7 +255,7 @@ class Windows(nn.Module):
         return mixed.transpose(1, 2).reshape(batch, -1)
 
 
-@here
+@tiles_here
 def test_a_mask_for_each_window_is_held_once_in_float32(folder):
     module = Windows().eval()
     graph = fuse([capture(module, {"x": torch.zeros(48, 32)}, name="image")], None, [])
@@ -208,7 +263,7 @@ def test_a_mask_for_each_window_is_held_once_in_float32(folder):
     made = cut(graph)
     (segment,) = made.plan.segments
     target = Target(4, torch.bfloat16, folder=folder)
-    replaced = native._replaced(native.joined(made.modules["image@0"], target), made.modules["image@0"])
+    replaced = native.replaced(native.joined(made.modules["image@0"], target), made.modules["image@0"])
     (node,) = (one for one in replaced.graph.nodes if one.target is kernels.attention)
     mask = replaced.get_buffer(str(node.args[3].target))
     assert (tuple(mask.shape), mask.dtype) == ((3, 2, 16, 16), torch.float32)
@@ -217,6 +272,39 @@ def test_a_mask_for_each_window_is_held_once_in_float32(folder):
     x = torch.randn(4, 48, 32)
     with torch.no_grad():
         assert close(run(x)[0], module(x))
+
+
+class Shifted(nn.Module):
+    """A norm whose rows are put in another order, one whose rows are not alone in reading it, one without factors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(24, 48)
+        self.one, self.two, self.plain = nn.LayerNorm(48), nn.LayerNorm(48), nn.LayerNorm(48, elementwise_affine=False)
+        self.register_buffer("order", torch.randperm(20))
+
+    def forward(self, x):
+        y = self.inner(x)
+        z = self.two(y)
+        return (self.one(y).index_select(1, self.order) + z.index_select(1, self.order) + z + self.plain(y)).mean(1)
+
+
+@here
+def test_a_norm_takes_the_choice_of_rows_that_alone_reads_it(folder):
+    module = Shifted().eval()
+    made = cut(fuse([capture(module, {"x": torch.zeros(20, 24)}, name="image")], None, []))
+    (segment,), inner = made.plan.segments, made.modules["image@0"]
+    target = Target(4, torch.bfloat16, folder=folder)
+    graph = native.replaced(native.joined(inner, target), inner).graph
+    norms = [node for node in graph.nodes if node.target is kernels.layer_norm]
+    assert sorted(len(node.args) for node in norms) == [4, 5]
+    assert sum(node.target is torch.ops.aten.index_select.default for node in graph.nodes) == 1
+    assert sum(node.target is torch.ops.aten.layer_norm.default for node in graph.nodes) == 1
+    x = torch.randn(4, 20, 24)
+    with torch.no_grad():
+        found = lower("native", segment, inner, target, examples_of(made.plan, segment, 4))(x)[0]
+        assert close(found, module(x))
 
 
 # --- where it can't be had -------------------------------------------------------------------------------------------
@@ -240,7 +328,7 @@ def test_float32_and_other_processors_are_refused(models, monkeypatch):
 
 def test_hidden_instructions_are_not_used(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert kernels.why_not.__wrapped__()
+    assert kernels.sources.__wrapped__() in ((), ("layer_norm.cpp",))
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -259,7 +347,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     fails.write_text("#!/bin/sh\necho 'attention.cpp:1: error: no such luck' >&2\nexit 1\n")
     fails.chmod(0o700)
     monkeypatch.setenv("CXX", str(fails))
-    with pytest.raises(Unlowerable, match=r"could not compile it: attention\.cpp:1: error: no such luck"):
+    with pytest.raises(Unlowerable, match=r"could not compile native code: attention\.cpp:1: error: no such luck"):
         kernels.load(None)
 
 

@@ -23,6 +23,9 @@ TOLERANCE = 1e-5  # of the largest magnitude, in float32
 native_here = pytest.mark.skipif(
     bool(kernels.why_not()) or shutil.which("g++") is None, reason=kernels.why_not() or "needs GCC"
 )
+tiles_here = pytest.mark.skipif(
+    "attention.cpp" not in kernels.sources() or shutil.which("g++") is None, reason="needs AMX, and GCC"
+)
 
 
 @dataclass(frozen=True)

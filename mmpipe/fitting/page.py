@@ -99,8 +99,9 @@ def _baselines(told: Told) -> str:
             ]
         )
     intro = (
-        "Each baseline was fitted on the same samples and its penalty chosen by the same others; all answer the same "
-        "test part. Whoever lacks a modality gets the commonest label from it alone. “Only one right” counts the "
+        "Each baseline was fitted on the same samples, its penalty chosen by the same others, and then fitted once "
+        "more on both; all answer the same test part. Whoever lacks a modality gets the commonest label from it alone. "
+        "“Only one right” counts the "
         "samples that just the head, or just the baseline, got right; p is the two-sided sign test of these."
     )
     head = ["", "", "#accuracy", "#only one right", "#p"]

@@ -1,7 +1,7 @@
 """What a trained head has to beat: one modality, averaged answers of single modalities, one regression over everything.
 
 All are multinomial logistic regressions on L2-normalised embeddings, to convergence, with the penalty that is best on
-the validation part: what somebody would write in an afternoon.
+the validation part, found once more on both parts: what somebody would write in an afternoon.
 
 Shapes: N sample, M modality, L label, D embedding, F feature.
 """
@@ -30,10 +30,10 @@ class Baselines:
 def baselines(
     training: Items, validation: Items, test: Items, classes: int, *, class_weights_L: Tensor | None = None
 ) -> Baselines:
-    """Fit all on `training`, choose penalties on `validation`, answer `test`."""
+    """Fit all on `training`, choose penalties on `validation`, fit once more on both, answer `test`."""
     alone: dict[str, Tensor] = {}
     total_NL = torch.zeros(len(test), classes)
-    for name, answer in single(training, validation, classes, class_weights_L).items():
+    for name, answer in single(training, validation, classes, class_weights_L, refit=True).items():
         asked_N1 = test.presence_NM[:, list(test.embeddings).index(name), None]
         p_NL = answer(unit(test, name))
         alone[name] = torch.where(asked_N1, p_NL, torch.full_like(p_NL, torch.nan))
@@ -44,6 +44,7 @@ def baselines(
         (side_by_side(validation), validation.labels_N),
         classes,
         class_weights_L=class_weights_L,
+        refit=True,
     )
     return Baselines(alone, total_NL / total_NL.sum(dim=1, keepdim=True).clamp_min(1e-12), joined(side_by_side(test)))
 

@@ -19,6 +19,8 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mmpipe.fusion.direct import FourierFeatures, Pool
+
 DEFAULT_LOGIT_SCALE = 20.0  # for encoders that bring none of their own
 
 
@@ -113,7 +115,8 @@ class TransformerHead(nn.Module):
     """A small transformer over one token per modality and an answer token; every depth can answer.
 
     `direct`: each present modality's normalised embedding also adds a linear answer of its own, at every depth, and the
-    layers answer what is left.
+    layers answer what is left. `fourier`: how many random Fourier features the linear answers of some modalities have
+    beside the embedding. `floors`: these answers are joined by a `Pool` instead of a plain sum.
     """
 
     def __init__(
@@ -124,8 +127,15 @@ class TransformerHead(nn.Module):
         depth: int = 2,
         heads: int = 4,
         direct: bool = False,
+        fourier: Mapping[str, int] | None = None,
+        floors: bool = False,
     ) -> None:
         super().__init__()
+        fourier = fourier or {}
+        if (fourier or floors) and not direct:
+            raise HeadError("transformer head: fourier and floors are of direct answers, and direct is off")
+        if unknown := sorted(set(fourier) - set(dims)):
+            raise HeadError(f"transformer head: fourier names {', '.join(unknown)}: no such modality")
         if width % heads:
             raise HeadError(f"transformer head: width {width} is no multiple of heads {heads}")
         self.modalities = list(dims)
@@ -138,7 +148,13 @@ class TransformerHead(nn.Module):
         self.answers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(labels))) for _ in range(depth)
         )
-        self.direct = nn.ModuleDict({m: nn.Linear(d, len(labels)) for m, d in dims.items()}) if direct else None
+        self.fourier = nn.ModuleDict({m: FourierFeatures(dims[m], count) for m, count in fourier.items()})
+        self.direct = (
+            nn.ModuleDict({m: nn.Linear(d + fourier.get(m, 0), len(labels)) for m, d in dims.items()})
+            if direct
+            else None
+        )
+        self.pool = Pool(len(dims)) if floors else None
 
     def all_depths(self, embeddings: Mapping[str, Tensor], presence_BM: Tensor) -> list[Tensor]:
         batch = presence_BM.shape[0]
@@ -160,7 +176,11 @@ class TransformerHead(nn.Module):
         direct_BL = torch.zeros_like(logits[0])
         for column, name in enumerate(self.modalities):
             unit_BD = nn.functional.normalize(embeddings[name].to(torch.float32), dim=-1)
+            if name in self.fourier:
+                unit_BD = torch.cat([unit_BD, self.fourier[name](unit_BD)], dim=-1)
             own_BL = self.direct[name](unit_BD)
+            if self.pool is not None:
+                own_BL = self.pool(own_BL, column)
             direct_BL = direct_BL + torch.where(presence_BM[:, column : column + 1], own_BL, torch.zeros_like(own_BL))
         return [logits_BL + direct_BL for logits_BL in logits]
 

@@ -41,22 +41,31 @@ def regression(
     *,
     class_weights_L: Tensor | None = None,
     penalties: Sequence[float] = PENALTIES,
+    refit: bool = False,
 ) -> Regression:
-    """The regression whose penalty loses least on `validation` (features and labels), weighted by label alike."""
+    """The regression whose penalty loses least on `validation` (features and labels), weighted by label alike; `refit`:
+    then found once more, on those samples and these."""
     held_NF, held_N = validation
-    weights_L = torch.ones(classes) if class_weights_L is None else class_weights_L
     best: tuple[float, Regression] | None = None
     for penalty in penalties:
         found = Regression(
             *train_probe(features_NF, labels_N, classes, penalty=penalty, class_weights_L=class_weights_L), penalty
         )
-        logits_NL = found.logits(held_NF)
-        losses_N = nn.functional.cross_entropy(logits_NL, held_N, reduction="none") * weights_L[held_N]
-        loss = float(losses_N.mean()) if len(held_N) else penalty
+        loss = held_loss(found, held_NF, held_N, class_weights_L) if len(held_N) else penalty
         if best is None or loss < best[0]:
             best = loss, found
     assert best is not None
-    return best[1]
+    if not refit:
+        return best[1]
+    both = torch.cat([features_NF, held_NF]), torch.cat([labels_N, held_N])
+    penalty = best[1].penalty
+    return Regression(*train_probe(*both, classes, penalty=penalty, class_weights_L=class_weights_L), penalty)
+
+
+def held_loss(found: Regression, held_NF: Tensor, held_N: Tensor, class_weights_L: Tensor | None = None) -> float:
+    """Mean cross entropy on samples that were held out, weighted by label."""
+    losses_N = nn.functional.cross_entropy(found.logits(held_NF), held_N, reduction="none")
+    return float((losses_N if class_weights_L is None else losses_N * class_weights_L[held_N]).mean())
 
 
 def train_probe(

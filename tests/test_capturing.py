@@ -13,6 +13,7 @@ from support import hub, shop, words
 from torch import nn
 
 from mmpipe import Pipeline, Sample, capturing
+from mmpipe.fusion.heads import TransformerHead
 from mmpipe.graphs.digest import digest
 from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import GraphError
@@ -215,3 +216,24 @@ def test_a_module_s_description_is_the_same_in_every_process(models, monkeypatch
         command = [sys.executable, "-c", _ARCHITECTURE, hub.section(models, "bert")["model"]]
         found.add(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_head_with_fourier_features_and_floors_is_captured(batch):
+    torch.manual_seed(0)
+    dims = {"image": 6, "text": 5, "audio": 4}
+    head = TransformerHead(
+        dims, ["a", "b", "c"], width=8, depth=2, heads=2, direct=True, fourier={"image": 16, "audio": 8}, floors=True
+    )
+    for features in head.fourier.values():
+        for buffer in features.buffers():
+            buffer.normal_()
+    captured = capturing.captured_head(head.eval(), dims)
+    presence_BM = torch.rand(batch, 3) < 0.5
+    embeddings = {name: torch.randn(batch, dim) for name, dim in dims.items()}
+    given = {"presence": presence_BM, **embeddings}
+    with torch.no_grad():
+        found = captured.graph(*[given[name] for name in captured.inputs])
+        want = head.all_depths(embeddings, presence_BM)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other)

@@ -99,8 +99,9 @@ def _baselines(told: Told) -> str:
             ]
         )
     intro = (
-        "Each baseline was fitted on the same samples and its penalty chosen by the same others; all answer the same "
-        "test part. Whoever lacks a modality gets the commonest label from it alone. “Only one right” counts the "
+        "Each baseline was fitted on the same samples, its penalty chosen by the same others, and then fitted once "
+        "more on both; all answer the same test part. Whoever lacks a modality gets the commonest label from it alone. "
+        "“Only one right” counts the "
         "samples that just the head, or just the baseline, got right; p is the two-sided sign test of these."
     )
     head = ["", "", "#accuracy", "#only one right", "#p"]
@@ -132,10 +133,10 @@ def _exits(told: Told) -> str:
     if not rows:
         return ""
     intro = (
-        "Thresholds were chosen on the validation part, so that all exits together differ from the full pipeline on "
-        f"at most {MAX_DISAGREEMENT:.0%} of it; the figures are of the test part. They promise nothing: "
-        f"<code>mmpipe calibrate</code> does. With these exits {words.accuracy(measured.with_exits)} are right, "
-        f"without {words.accuracy(measured.full)}."
+        "Thresholds were chosen on the validation part, which the head had not seen then, so that all exits together "
+        f"differ from the full pipeline on at most {MAX_DISAGREEMENT:.0%} of it; the figures are of the test part. "
+        "They promise nothing: <code>mmpipe calibrate</code> does. With these exits "
+        f"{words.accuracy(measured.with_exits)} are right, without {words.accuracy(measured.full)}."
     )
     head = ["exit", "#threshold", "#looked at", "#left", "#share", "#differ from full", "#accuracy, of all looked at"]
     return section("exits", "Exits", table(head, rows), intro)

@@ -21,7 +21,7 @@ from mmpipe.fitting.splitting import Split
 from mmpipe.fusion import gate
 from mmpipe.fusion.baselines import side_by_side
 from mmpipe.fusion.checkpoint import load_head
-from mmpipe.fusion.experts import single, start_from, weighed
+from mmpipe.fusion.experts import FEATURES, Joined, again, experts, joined, start_from, take_answers
 from mmpipe.fusion.heads import DepthHead, HeadError, LinearHead, TransformerHead
 from mmpipe.fusion.items import Items, TrainingError, balanced_weights
 from mmpipe.fusion.regression import PENALTIES, Regression, regression
@@ -83,11 +83,12 @@ def _fit(config: Config, labels: Sequence[str], embedded: Embedded, split: Split
     kind = config.fusion.head
     try:
         torch.manual_seed(seed)
-        head, options = _head(config, labels, embedded.dims)
+        start = _experts(items, split, weights_L, seed) if kind == "transformer" else None
+        head, options = _head(config, labels, embedded.dims, start)
         if isinstance(head, LinearHead):
             result = _solve(head, items, split, classes, weights_L)
         else:
-            result = _train(head, items, split, weights_L, seed, epochs)
+            result = _train(head, start, items, split, weights_L, seed, epochs)
         head.eval().requires_grad_(False)
         probes = {name: _probe(name, state, embedded, split, classes, weights_L) for name, state in _states(embedded)}
     except HeadError as error:
@@ -98,10 +99,21 @@ def _fit(config: Config, labels: Sequence[str], embedded: Embedded, split: Split
     states = {name: state[split.validation] for name, state in embedded.states.items()}
     tables = [exit_probabilities(exit_, head, probes, validation, states) for exit_ in config.fusion.exits]
     thresholds = _thresholds(config, tables, full_probabilities(head, validation), validation)
+    if start is not None and isinstance(head, TransformerHead):
+        # last, so that thresholds are of answers to samples that these had not seen
+        both = items.rows(torch.cat([split.training, split.validation]))
+        take_answers(head, again(start, both, classes, weights_L))
     return Fitted(kind, head, options, probes, config.fusion.exits, thresholds, result, weights_L)
 
 
-def _head(config: Config, labels: Sequence[str], dims: Mapping[str, int]) -> tuple[nn.Module, dict[str, Any]]:
+def _experts(items: Items, split: Split, weights_L: Tensor, seed: int) -> Joined:
+    training, validation = items.rows(split.training), items.rows(split.validation)
+    return joined(experts(training, validation, len(weights_L), weights_L, seed=seed), validation, weights_L)
+
+
+def _head(
+    config: Config, labels: Sequence[str], dims: Mapping[str, int], start: Joined | None
+) -> tuple[nn.Module, dict[str, Any]]:
     kind = config.fusion.head
     if kind == "linear":
         return LinearHead(dims, labels), {}
@@ -112,6 +124,10 @@ def _head(config: Config, labels: Sequence[str], dims: Mapping[str, int]) -> tup
             "depth": max([2, *(depth + 1 for depth in deepest)]),
             "heads": 4,
             "direct": True,
+            "fourier": {
+                name: FEATURES for name, one in (start.experts if start else {}).items() if one.fourier is not None
+            },
+            "floors": True,
         }
         return TransformerHead(dims, labels, **shape), shape
     options = dict(config.fusion.options)
@@ -121,14 +137,19 @@ def _head(config: Config, labels: Sequence[str], dims: Mapping[str, int]) -> tup
     return head.requires_grad_(True), options
 
 
-def _train(head: nn.Module, items: Items, split: Split, weights_L: Tensor, seed: int, epochs: int) -> TrainingResult:
+def _train(
+    head: nn.Module, start: Joined | None, items: Items, split: Split, weights_L: Tensor, seed: int, epochs: int
+) -> TrainingResult:
     both = torch.cat([split.training, split.validation])
     here = items.rows(both)
-    if isinstance(head, TransformerHead):
+    if isinstance(head, TransformerHead) and start is not None:
         training = items.rows(split.training)
         head.standardise(training.embeddings, training.presence_NM)
-        validation, classes = items.rows(split.validation), len(weights_L)
-        start_from(head, weighed(single(training, validation, classes, weights_L), validation, weights_L))
+        start_from(head, start)
+        # the experts have their best answers: what the layers learn is added to these
+        for part in (head.direct, head.pool):
+            assert part is not None
+            part.requires_grad_(False)
     return train_head(
         head,
         here.embeddings,

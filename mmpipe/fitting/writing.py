@@ -118,8 +118,9 @@ def _exits_comment(fitted: Fitted) -> str:
         return ""
     lost = [exit_.name for exit_, threshold in zip(fitted.exits, fitted.thresholds, strict=True) if threshold is None]
     told = (
-        f"Thresholds: on the validation part the exits together differ from the full pipeline on at most "
-        f"{MAX_DISAGREEMENT:.0%} of the samples.\nThat promises nothing of other samples: `mmpipe calibrate` does."
+        f"Thresholds: on the validation part, which the head had not seen then, the exits together differ from the\n"
+        f"full pipeline on at most {MAX_DISAGREEMENT:.0%} of the samples. That promises nothing of other samples: "
+        "`mmpipe calibrate` does."
     )
     return told + (f"\nLeft out, as no threshold kept that bound: {', '.join(lost)}." if lost else "")
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from mmpipe.fusion.baselines import baselines
-from mmpipe.fusion.experts import single, start_from, weighed
+from mmpipe.fusion.experts import experts, joined, start_from
 from mmpipe.fusion.heads import TransformerHead
 from mmpipe.fusion.items import Items, TrainingError, balanced_weights
 from mmpipe.fusion.regression import regression, train_probe
@@ -57,6 +59,16 @@ def test_states_that_are_no_numbers_are_refused() -> None:
         train_probe(torch.tensor([[1.0], [torch.nan]]), torch.tensor([0, 1]), 2, penalty=0.1)
 
 
+def test_a_refit_is_the_regression_on_both_parts_with_the_chosen_penalty() -> None:
+    one, other = items(200, 1), items(60, 2)
+    parts = [(part.embeddings["image"], part.labels_N) for part in (one, other)]
+    found = regression(*parts[0], parts[1], 3, refit=True)
+    assert found.penalty == regression(*parts[0], parts[1], 3).penalty
+    both = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+    want_LF, _ = train_probe(*both, 3, penalty=found.penalty)
+    assert torch.equal(found.weight_LF, want_LF)
+
+
 def test_baselines_do_not_look_at_absent_rows() -> None:
     parts = [items(n, seed) for seed, n in enumerate((300, 80, 100))]
     found = baselines(*parts, 3)
@@ -77,15 +89,17 @@ def test_baselines_do_not_look_at_absent_rows() -> None:
 def test_a_head_starts_as_the_sum_of_its_experts_and_may_stay_there() -> None:
     training, validation = items(300, 1), items(120, 2)
     weights_L = torch.ones(3)
-    experts = weighed(single(training, validation, 3), validation, weights_L)
-    head = TransformerHead(DIMS, LABELS, width=16, depth=2, heads=2, direct=True)
-    start_from(head, experts)
+    start = joined(experts(training, validation, 3, weights_L, seed=0), validation, weights_L)
+    fourier = {name: len(one.fourier.get_buffer("phases_K")) for name, one in start.experts.items() if one.fourier}
+    head = TransformerHead(DIMS, LABELS, width=16, depth=2, heads=2, direct=True, fourier=fourier, floors=True)
+    start_from(head, start)
     with torch.no_grad():
         depths = head.all_depths(validation.embeddings, validation.presence_NM)
     want = torch.zeros(len(validation), 3)
-    for m, (name, expert) in enumerate(experts.items()):
+    for m, (name, expert) in enumerate(start.experts.items()):
         unit = torch.nn.functional.normalize(validation.embeddings[name], dim=-1)
-        want += validation.presence_NM[:, m : m + 1] * expert.weight * expert.answer.logits(unit)
+        p_NL = (start.scale[name] * expert.logits(unit)).softmax(-1) + math.exp(start.log_floor[name])
+        want += validation.presence_NM[:, m : m + 1] * math.exp(start.log_weight[name]) * p_NL.log()
     for logits in depths:
         torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
     before = {name: value.clone() for name, value in head.state_dict().items()}

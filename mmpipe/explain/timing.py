@@ -24,14 +24,15 @@ def products_seconds(products: Iterable[Product], timed: dict[Product, float], t
     try:
         for product in products:
             if product not in timed:
-                timed[product] = device.seconds(_call(product, device.held))
+                timed[product] = device.seconds(call_of(product, device.held))
             total += product.count * timed[product]
     finally:
         torch.set_num_threads(before)
     return total
 
 
-def _call(product: Product, held: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+def call_of(product: Product, held: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    """The product of made-up numbers, as a segment would do it. `held`: a tensor where it computes."""
     tensors = [held(torch.randn(shape).to(product.dtype)) for shape in product.shapes]
     if (
         not tensors[0].is_cuda

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmpipe.fusion.heads import HeadError, LinearHead, TransformerHead
@@ -93,7 +94,7 @@ def load_head(
         if checkpoint is None:
             raise HeadError(f"the {kind} head needs a checkpoint: it would answer at random without one")
         _check_meta(checkpoint, kind, dims, labels)
-        head: nn.Module = TRAINED_HEADS[kind](dims, labels, **checkpoint.meta.get("options", {}))
+        head = _trained_head(kind, dims, labels, checkpoint)
     else:
         head = _own_head(kind, dims, labels, options or {}, base)
     if checkpoint is not None:
@@ -101,6 +102,33 @@ def load_head(
             _check_meta(checkpoint, kind, dims, labels)
         _load_weights(head, checkpoint)
     return head.eval().requires_grad_(False)
+
+
+def _trained_head(kind: str, dims: Mapping[str, int], labels: Sequence[str], checkpoint: Checkpoint) -> nn.Module:
+    """As the checkpoint says; only where its weights fit is memory taken for them."""
+    options, name = checkpoint.meta.get("options", {}), checkpoint.path.name
+    try:
+        _check_sizes(options, checkpoint.weights)
+        with torch.device("meta"):
+            planned = TRAINED_HEADS[kind](dims, labels, **options)
+    except HeadError as error:
+        raise HeadError(f"{name}: {error}") from error
+    except Exception as error:
+        raise HeadError(f"{name} has options that no {kind} head takes: {error}") from error
+    _check_weights(planned, checkpoint)
+    head: nn.Module = TRAINED_HEADS[kind](dims, labels, **options)
+    return head
+
+
+def _check_sizes(options: Any, weights: Mapping[str, Tensor], key: str = "options") -> None:
+    """No option is larger than what is there: layers than tensors, widths than numbers."""
+    if isinstance(options, Mapping):
+        for name, value in options.items():
+            _check_sizes(value, weights, str(name))
+    elif isinstance(options, (int, float)):
+        most = len(weights) if key == "depth" else sum(tensor.numel() for tensor in weights.values())
+        if not 0 <= options <= most:
+            raise HeadError(f"{key} {options} does not fit its {len(weights)} tensors")
 
 
 def _check_meta(checkpoint: Checkpoint, kind: str, dims: Mapping[str, int], labels: Sequence[str]) -> None:
@@ -123,6 +151,11 @@ def _check_meta(checkpoint: Checkpoint, kind: str, dims: Mapping[str, int], labe
 
 
 def _load_weights(head: nn.Module, checkpoint: Checkpoint) -> None:
+    _check_weights(head, checkpoint)
+    head.load_state_dict(checkpoint.weights)
+
+
+def _check_weights(head: nn.Module, checkpoint: Checkpoint) -> None:
     wanted = head.state_dict()
     missing = sorted(set(wanted) - set(checkpoint.weights))
     extra = sorted(set(checkpoint.weights) - set(wanted))
@@ -131,7 +164,6 @@ def _load_weights(head: nn.Module, checkpoint: Checkpoint) -> None:
         what = [f"{word} {', '.join(names[:3])}" for word, names in
                 (("missing", missing), ("unexpected", extra), ("wrong shape", shapes)) if names]  # fmt: skip
         raise HeadError(f"{checkpoint.path.name} does not fit the head: {'; '.join(what)}")
-    head.load_state_dict(checkpoint.weights)
 
 
 def probe(checkpoint: Checkpoint | None, place: str, labels: Sequence[str]) -> tuple[Tensor, Tensor]:

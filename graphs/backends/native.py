@@ -164,7 +164,10 @@ def _attend(made: fx.GraphModule, module: fx.GraphModule, node: fx.Node) -> None
     mask: Any = node.args[3] if len(node.args) > 3 else None
     if mask is not None:
         with made.graph.inserting_before(node):
-            mask = _constant(made, module, mask) or mask
+            known = _constant(made, module, mask)
+        if known is None and mark_of(mask).dtype not in (torch.bfloat16, torch.bool):
+            return  # float32 is what `base2` makes
+        mask = known or mask
     _put(made.graph, node, attention, (*node.args[:3], mask, scale))
 
 

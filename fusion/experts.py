@@ -23,6 +23,7 @@ from mmpipe.fusion.regression import Regression, held_loss, regression
 FEATURES = 1024
 FLOORS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the variance of whitened directions
 FOURIER_PENALTIES = (3e-2, 1e-1)
+LEAST_VARIANCE = 1e-8  # of a direction of unit length: below it embeddings differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def experts(
         (unit_ND, labels_N), (unit_VD, labels_V) = _seen(training, name), _seen(validation, name)
         best = Expert(linear)
         least = held_loss(linear, unit_VD, labels_V, class_weights_L)
-        for floor in FLOORS if len(labels_V) else ():
+        varied = len(unit_ND) > 1 and float(unit_ND.var(0).max()) > LEAST_VARIANCE
+        for floor in FLOORS if len(labels_V) and varied else ():
             fourier = FourierFeatures.drawn(unit_ND, FEATURES, floor, generator)
             held = (_features(unit_VD, fourier), labels_V)
             answer = regression(
@@ -92,9 +94,10 @@ def joined(found: Mapping[str, Expert], validation: Items, class_weights_L: Tens
     """What the experts' sum loses least by on `validation`, all modalities that a sample has together and each alone; a
     little drawn towards plain probabilities, so that few samples can't mislead."""
     names = list(found)
-    logits_MVL = torch.stack([found[name].logits(unit(validation, name)) for name in names])
     columns = [list(validation.embeddings).index(name) for name in names]
     present_MV = validation.presence_NM[:, columns].T
+    logits_MVL = torch.stack([found[name].logits(unit(validation, name)) for name in names])
+    logits_MVL = torch.where(present_MV[:, :, None], logits_MVL, 0.0)  # first: a gradient of NaN would stay one
     labels_V, weights_V = validation.labels_N, class_weights_L[validation.labels_N]
     views = [torch.ones(len(names), dtype=torch.bool), *torch.eye(len(names), dtype=torch.bool)]
     pool, log_scale_M = Pool(len(names)), torch.zeros(len(names), requires_grad=True)
@@ -139,6 +142,10 @@ def start_from(head: TransformerHead, start: Joined) -> None:
     """Let a head with `direct` paths and `floors` answer what the experts say together; its layers add nothing yet."""
     take_answers(head, start)
     assert head.pool is not None
+    assert head.direct is not None
+    for name in set(head.modalities) - set(start.experts):  # that no sample has: it says nothing
+        for parameter in head.direct[name].parameters():
+            parameter.zero_()
     for name in start.experts:
         column = head.modalities.index(name)
         head.pool.log_floor_M[column] = start.log_floor[name]

@@ -125,6 +125,8 @@ class Lowering:
             memory = _memory_inside(plan, way)
             return self._made(plan, segment, module, choice, way.batch_size, way.threads, memory)
         except Unlowerable as error:
+            if choice.backend == "native" and self.config.runtime.backend == "auto":  # an edit left nothing for it
+                return self._made(plan, segment, module, replace(choice, backend="eager"), way.batch_size, way.threads)
             if self.config.runtime.backend == "auto":
                 raise
             hint = "runtime.backend: eager runs anywhere"
@@ -257,8 +259,9 @@ class Lowering:
         if self.bound is not None and not calibrated:
             return choice, f"not native: the calibration was made with {' and '.join(self.bound)}", None
         if not calibrated and not kernels.ready(compiled_folder()):
-            others = (one for one in made.modules.values() if self._eager(_large(one)).dtype == "bfloat16")
-            saved = sum(map(saved_seconds, others))
+            branches = (s for s in made.plan.segments if s.branch != HEAD and s.branch not in self.refused)
+            encoders = [made.modules[segment.name] for segment in branches]
+            saved = sum(saved_seconds(one) for one in encoders if self._eager(_large(one)).dtype == "bfloat16")
             pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)
             if job_rows < pays_from:
                 why = f"{job_rows} rows would save {job_rows * saved:.1f} s, compiling takes {kernels.SECONDS:.0f} s"

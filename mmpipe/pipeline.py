@@ -166,7 +166,8 @@ class Pipeline:
         What can't be read becomes a Prediction with a status and a reason, never an exception.
         """
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
-        self.settle(found)
+        if found:
+            self.settle(found)
         size = self.config.output.shard_rows
         return [
             prediction
@@ -186,7 +187,8 @@ class Pipeline:
         No exits. A sample of which nothing could be read is a row of NaN: `predict` says why.
         """
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
-        self.settle(found)
+        if found:
+            self.settle(found)
         rows = np.full((len(found), sum(self._dims.values())), np.nan, dtype=np.float32)
         size = self.config.output.shard_rows
         for start in range(0, len(found), size):

@@ -45,7 +45,7 @@ class Runners:
         bound = built.calibration.binds_to.backends if built.calibration else None
         self.lowering = Lowering(config, device, Tuned(), dict(built.shorter), bound)
         self.shift: Shift | None = None  # how far the lowered graph was from float32
-        self._proved = False  # the parity gate has seen real samples
+        self._proved: set[tuple[str, str, str]] = set()  # (segment, backend, type) that went through the parity gate
         self._cut: Cut | None = None
         self._version = -1
         self._resolved: dict[Kind, Resolved] = {}
@@ -56,6 +56,7 @@ class Runners:
         self._rows: dict[Kind, int] = {}  # of the job that each kind was decided for
         self._changing = built.calibration is None  # its exits hold for the backends that they were made with
         self._unproved_call = False  # single calls have another backend since
+        self._call_before: Resolved | None = None  # what they had
         self._left: list[float] = []  # samples that each exit has answered so far
 
     @property
@@ -87,7 +88,7 @@ class Runners:
         way = self._resolved.get("call")
         if not self._changing or way is None or way.more_from is None or self._calls < way.more_from:
             return
-        self._rows["call"] = self._calls
+        self._rows["call"], self._call_before = self._calls, way
         self._forget_call()
         self._unproved_call = True
 
@@ -111,12 +112,10 @@ class Runners:
         if kind == "call" and self._unproved_call and samples:
             self._prove_call(samples, limits)
             return
-        if self._proved or not samples:
-            return
-        self._proved = True
-        while self.resolved(kind).segments:
+        while samples and not self._ways(kind) <= self._proved:
             self.shift = self._shift(kind, real_rows(samples, self.built.preparations, limits))
             if self.shift.ok:
+                self._proved |= self._ways(kind)
                 return
             branches = self.shift.turned or [s.branch for s in self._lowered_segments(kind)]
             self.lowering.refused.update(dict.fromkeys(branches, self.shift.why()))
@@ -127,9 +126,17 @@ class Runners:
     def _prove_call(self, samples: Sequence[Sample], limits: media.Limits) -> None:
         """The backend that single calls have changed to; where it fails they stay as they were, and batches too."""
         self._unproved_call = False
-        if not self._shift("call", real_rows(samples, self.built.preparations, limits)).ok:
-            self._changing, self._rows["call"] = False, 0
-            self._forget_call()
+        if self._shift("call", real_rows(samples, self.built.preparations, limits)).ok:
+            self._proved |= self._ways("call")
+            return
+        self._changing, self._rows["call"] = False, 0
+        self._forget_call()
+        if self._call_before is not None:
+            self._resolved["call"] = self._call_before
+
+    def _ways(self, kind: Kind) -> set[tuple[str, str, str]]:
+        """What is lowered otherwise than eager float32."""
+        return {(name, choice.backend, choice.dtype) for name, choice in self.resolved(kind).segments.items()}
 
     def _lowered_segments(self, kind: Kind) -> list[Segment]:
         return [self.cut.plan.segment(name) for name in self.resolved(kind).segments]

@@ -10,7 +10,7 @@ import torch
 from support import compilers, hub, shop
 from support.lowering import native_here
 
-from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity
+from mmpipe import ConfigError, InputError, Pipeline, autotune, lowering, machine, parity, runners
 from mmpipe.explain import collect
 from mmpipe.graphs import backends, cost
 from mmpipe.graphs.backends import Unlowerable, kernels
@@ -240,6 +240,43 @@ def test_attention_is_compiled_where_a_job_wins_it_back(attentive):
     assert (backend, pays_from) == ("native", None)
     assert "native: attention and norms compiled for this processor" in why
     assert len(loaded) == 1
+
+
+def test_a_way_that_a_later_job_takes_goes_through_the_gate_too(attentive, monkeypatch):
+    pipeline, _ = attentive
+    gates, shift = [], runners.Runners._shift
+
+    def seen(self, kind, real):
+        gates.append((kind, self.resolved(kind).segments["text@0"].backend))
+        return Shift({"text": 1.0}, 0.0, 0, 4) if gates[-1][1] == "native" else shift(self, kind, real)
+
+    monkeypatch.setattr(runners.Runners, "_shift", seen)
+    monkeypatch.setattr(lowering, "lower", lambda backend, *rest: backends.lower("eager", *rest))
+    pipeline(text="red oak desk")
+    monkeypatch.setattr(kernels, "SECONDS", 1e-9)
+    assert len(pipeline.embed([])) == 0  # decides nothing
+    pipeline.embed([{"text": "red oak desk"}, {"text": "a chair"}])
+    pipeline.embed([{"text": "red oak desk"}])
+    assert gates == [("call", "eager"), ("batch", "native")]
+
+
+def test_calls_stay_as_they_were_where_native_is_not_at_parity(attentive, monkeypatch):
+    pipeline, _ = attentive
+    refused = Shift({"text": 0.5}, 0.0, 0, 4)
+    monkeypatch.setattr(lowering, "lower", lambda backend, *rest: backends.lower("eager", *rest))
+    shift = runners.Runners._shift
+    monkeypatch.setattr(
+        runners.Runners,
+        "_shift",
+        lambda self, kind, real: refused if self.resolved(kind).backend == "native" else shift(self, kind, real),
+    )
+    pipeline(text="red oak desk")
+    assert pipeline.runners.resolved("call").backend == "eager"
+    monkeypatch.setattr(kernels, "ready", lambda folder: True)
+    pipeline.runners._calls = pipeline.runners.resolved("call").more_from
+    for _ in range(3):
+        pipeline(text="red oak desk")
+        assert pipeline.runners.resolved("call").backend == "eager"
 
 
 def test_attention_that_was_compiled_before_is_used_by_any_job(attentive, monkeypatch):

@@ -23,7 +23,7 @@ namespace {
 typedef uint16_t bf16;
 enum Mask { NONE, BASE2, SHORT, KEPT };  // float32, times log2(e) already; bfloat16, as it is; bytes, 0: not looked at
 
-const float LOG2E = 1.44269504f, LOWEST = -2e38f;
+const float LOG2E = 1.44269504f, LOWEST = -2e38f, LEAST = -3.4e38f;
 const long MOST_QUERIES = 64;
 
 struct Matrix {  // [batch, head, token, …], the last dimension dense; strides in numbers
@@ -165,13 +165,15 @@ float exponentials(float *scores, bf16 *to, long keys, const void *mask, float f
         if (KIND == SHORT) {
             const __m256i m = _mm256_maskz_loadu_epi16(part, (const bf16 *)mask + t * 16);
             const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(m), 16));
-            // times log2(e) the lowest bfloat16 would be minus infinity, and a row of these not a number
-            x = _mm512_add_ps(x, _mm512_mul_ps(_mm512_max_ps(wide, _mm512_set1_ps(LOWEST)), _mm512_set1_ps(LOG2E)));
+            // times log2(e) the lowest bfloat16 would be minus infinity, which says that a key is not looked at
+            const __m512 within = _mm512_max_ps(wide, _mm512_set1_ps(LOWEST));
+            const __mmask16 hidden = _mm512_cmp_ps_mask(wide, none, _CMP_EQ_OQ);
+            x = _mm512_add_ps(x, _mm512_mask_mov_ps(_mm512_mul_ps(within, _mm512_set1_ps(LOG2E)), hidden, none));
         }
         if (KIND == KEPT) {
             const __mmask16 kept = _mm_mask_test_epi8_mask(part, _mm_maskz_loadu_epi8(part, (const char *)mask + t * 16),
                                                            _mm_set1_epi8(-1));
-            x = _mm512_mask_blend_ps(kept, _mm512_set1_ps(LOWEST), x);
+            x = _mm512_mask_blend_ps(kept, none, x);
         }
         x = _mm512_mask_blend_ps(part, none, x);
         if (N)
@@ -180,7 +182,7 @@ float exponentials(float *scores, bf16 *to, long keys, const void *mask, float f
             _mm512_store_ps(scores + t * 16, x);
         most = _mm512_max_ps(most, x);
     }
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    const __m512 top = _mm512_max_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), _mm512_set1_ps(LEAST));
     __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (long t = 0; t < count; t += 2) {
@@ -291,7 +293,8 @@ extern "C" int attention(const Call *call) {
                                  blocks * 512, padded / 32, out + i * row + c * 16, row);
                 bf16 *to = (bf16 *)part(call->out, b, h) + begin * call->out.token;
                 for (long i = 0; i < count; i++, to += call->out.token) {
-                    const __m512 inverse = _mm512_set1_ps(1.0f / sums[i]);
+                    // a query that is left no key gets zeros, as PyTorch has it
+                    const __m512 inverse = _mm512_set1_ps(sums[i] == 0.0f ? 0.0f : 1.0f / sums[i]);
                     for (long c = 0; c < width; c += 16) {
                         const __m512 x = _mm512_mul_ps(_mm512_load_ps(out + i * row + c), inverse);
                         _mm256_mask_storeu_epi16(to + c, first(width - c), (__m256i)_mm512_cvtneps_pbh(x));

@@ -44,6 +44,7 @@ _KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.bool: 3}  # of masks, as at
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
+_failed: dict[str, str] = {}  # artefact → why it can't be had in this process; tried once
 
 
 class _Matrix(ctypes.Structure):
@@ -94,37 +95,52 @@ def ready(folder: Path | None) -> bool:
 
 
 def load(folder: Path | None) -> None:
-    """Compile it, or take what `folder` keeps, and load it; once a process. Raises Unlowerable."""
-    global _library
+    """Compile it, or take what `folder` keeps, and load it; once a process, also where it fails. Raises Unlowerable."""
     with _lock:
         if _library is not None:
             return
-        if why := why_not():
+        if why := why_not() or _failed.get(_name(), ""):
             raise Unlowerable(why)
-        made = _loaded(kept(folder, _name(), _compiled))
-        made.layer_norm.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 4 + [ctypes.c_float, ctypes.c_long]
-        made.layer_norm.restype = None
-        if "attention.cpp" in sources():
-            made.attention.argtypes = [ctypes.POINTER(_Call)]
-            if made.attention_begin():
-                raise Unlowerable("the system does not lend this process AMX's tiles")
-        _library = made
+        try:
+            _load(folder)
+        except Unlowerable as error:
+            _failed[_name()] = str(error)
+            raise
+
+
+def _load(folder: Path | None) -> None:
+    global _library
+    made = _loaded(kept(folder, _name(), _compiled))
+    made.layer_norm.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 4 + [ctypes.c_float, ctypes.c_long]
+    made.layer_norm.restype = None
+    if "attention.cpp" in sources():
+        made.attention.argtypes = [ctypes.POINTER(_Call)]
+        if made.attention_begin():
+            raise Unlowerable("the system does not lend this process AMX's tiles")
+    _library = made
 
 
 def base2(mask: Tensor) -> Tensor:
     """A constant mask as the kernel adds it: float32, times log2(e), so that exponentials are powers of two."""
-    return mask.to(torch.float32).clamp_min(_LOWEST).mul(_LOG2E).contiguous()
+    mask = mask.to(torch.float32)
+    # what hides a key goes on hiding it; the lowest number, times log2(e), is to stay a number
+    return torch.where(torch.isneginf(mask), mask, mask.clamp_min(_LOWEST).mul(_LOG2E)).contiguous()
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, in_base2: bool = False
+) -> Tensor:
     """softmax(query · keyᵀ · scale + mask) · value, the softmax in float32.
 
-    query, result: [batch, head, query, width]; key, value: [batch, head, key, width]; all bfloat16, at most MOST_KEYS
-    and MOST_WIDTH. mask: [period, head or 1, query or 1, key], bool (which keys are looked at), bfloat16, or float32
-    from `base2`; the batch is a multiple of its period. A query that is left no key looks at all alike. Raises
+    query, result: [batch, head, query, width]; key, value: [batch, head, key, width]; computed in bfloat16, at most
+    MOST_KEYS and MOST_WIDTH. mask: [period, head or 1, query or 1, key], bool (which keys are looked at) or numbers;
+    the batch is a multiple of its period; `in_base2`: it is `base2`'s. A query that is left no key gets zeros. Raises
     MemoryError.
     """
     assert _library is not None
+    query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))  # mostly they are
+    if mask is not None and not in_base2 and mask.dtype not in (torch.bfloat16, torch.bool):
+        mask = base2(mask)
     batch, heads, queries, width = query.shape
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     out = query.new_empty(batch, queries, heads, width).transpose(1, 2)  # as what follows reads it
@@ -157,6 +173,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, order: Tenso
     dimensions: which of a sample's rows stands where in the result, [batch, count, width].
     """
     assert _library is not None
+    if x.dtype != torch.bfloat16:  # a graph may say so of what is not
+        found = torch.layer_norm(x, [x.shape[-1]], weight, bias, eps)
+        return found if order is None else found.index_select(1, order)
     x = x.contiguous()
     width = x.shape[-1]
     if order is None:

@@ -130,7 +130,7 @@ def _picks(made: fx.GraphModule, select: fx.Node) -> bool:
     if select.args[1] != 1 or len(mark_of(select).shape or ()) != 3 or order.op != "get_attr":
         return False
     tensor = get_tensor(made, str(order.target))
-    return tensor.dtype == torch.int64 and tensor.is_contiguous()
+    return tensor.dtype == torch.int64 and tensor.ndim == 1 and tensor.is_contiguous()
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -165,17 +165,25 @@ def _attend(made: fx.GraphModule, module: fx.GraphModule, node: fx.Node) -> None
     if mask is not None:
         with made.graph.inserting_before(node):
             known = _constant(made, module, mask)
-        if known is None and mark_of(mask).dtype not in (torch.bfloat16, torch.bool):
-            return  # float32 is what `base2` makes
-        mask = known or mask
+        if known is not None:
+            _put(made.graph, node, attention, (*node.args[:3], known, scale, True))
+            return
     _put(made.graph, node, attention, (*node.args[:3], mask, scale))
+
+
+def _many(count: int | str) -> str:
+    return "B" if count == 1 else f"{count}*B"
 
 
 def _constant(made: fx.GraphModule, module: fx.GraphModule, mask: Any) -> fx.Node | None:
     """A mask that no input reaches, once for each window of a sample: repeated for none. None: an input reaches it."""
     source = mask
-    if source.target is aten.reshape.default and source.args[0].target is aten.expand.default:  # graphs/attention.py
+    if source.target is aten.reshape.default and source.args[0].target is aten.expand.default:
         source = source.args[0].args[0]
+        shape, seen = mark_of(source).shape or (), mark_of(mask.args[0]).shape
+        # as graphs/attention.py repeats them: the batch before the windows, then both in one
+        if len(shape) != 4 or seen != ("B", *shape) or mark_of(mask).shape != (_many(shape[0]), *shape[1:]):
+            return None
     if source.op != "get_attr" or mark_of(source).dtype == torch.bool:
         return None
     name = str(source.target)

@@ -53,7 +53,7 @@ def test_winners_are_kept_and_the_next_pipeline_knows_them(tuning, cache, tmp_pa
 def test_a_backend_that_there_is_none_of_is_exit_code_2(tmp_path):
     done = mmpipe("autotune", "quickstart", "--backends", "onxx", "--json", cwd=tmp_path)
     assert done.returncode == 2
-    assert "no backend 'onxx': there are eager, inductor, openvino, onnx, tensorrt" in done.stderr
+    assert "no backend 'onxx': there are eager, native, inductor, openvino, onnx, tensorrt" in done.stderr
     assert done.stdout == ""
 
 

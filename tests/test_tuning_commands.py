@@ -45,9 +45,9 @@ def test_winners_are_kept_and_the_next_pipeline_knows_them(tuning, cache, tmp_pa
     )
     (why,) = (one["why"] for one in explained["autos"] if one["key"] == "runtime.backend")
     for one in found["best"]:
-        used = f"tuned: {one['segment']} eager float32"
-        waits = f"{one['segment']} not onnx: "
-        assert (used if one["choice"]["backend"] == "eager" else waits) in why
+        used = f"tuned: {one['segment']} {one['choice']['backend']} float32"
+        waits = f"{one['segment']} not onnx: 62 rows would save "  # of the whole input, whatever is measured
+        assert used in why or (one["choice"]["backend"] == "onnx" and waits in why)
 
 
 def test_a_backend_that_there_is_none_of_is_exit_code_2(tmp_path):

@@ -78,10 +78,10 @@ def _bytes(node: fx.Node, rows: int) -> int:
     mark = mark_of(node)
     if mark.shape is None or mark.dtype is None:
         return 0
-    return math.prod(_size(dimension, rows) for dimension in mark.shape) * mark.dtype.itemsize
+    return math.prod(size_of(dimension, rows) for dimension in mark.shape) * mark.dtype.itemsize
 
 
-def _size(dimension: int | str, rows: int) -> int:
+def size_of(dimension: int | str, rows: int) -> int:
     """A dimension of a Mark: a number, "B", or what torch.export made of it, such as "49*B" or "B + 1"."""
     if isinstance(dimension, int):
         return dimension

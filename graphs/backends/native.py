@@ -28,6 +28,7 @@ from mmpipe.graphs.backends.kernels import (
     load,
     sources,
 )
+from mmpipe.graphs.cost import size_of
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 from mmpipe.graphs.plan import Segment
 
@@ -54,17 +55,16 @@ def saved_seconds(module: fx.GraphModule) -> float:
     total = 0.0
     for node in module.graph.nodes:
         if _attends(node):
-            total += _SCORE_S * _numbers(mark_of(node.args[0]).shape[:3]) * mark_of(node.args[1]).shape[2]  # type: ignore
+            query, key = (mark_of(part).shape or () for part in node.args[:2])
+            total += _SCORE_S * _numbers((*query[:3], key[2]))
         elif _norms(node):
-            total += _NORMED_S * _numbers(mark_of(node).shape)
+            total += _NORMED_S * _numbers(mark_of(node).shape or ())
     return total
 
 
-def _numbers(shape: Any) -> int:
-    """For one row of the batch; "64*B": 64 for each."""
-    batch, *sizes = shape
-    times = int(batch.partition("*")[0]) if isinstance(batch, str) and "*" in batch else 1
-    return times * math.prod(map(int, sizes))
+def _numbers(shape: Sequence[int | str]) -> int:
+    """For one row of the batch."""
+    return math.prod(size_of(dimension, 1) for dimension in shape)
 
 
 def replaced(short: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:

@@ -74,7 +74,7 @@ def test_a_workspace_is_what_the_segment_really_takes_and_not_much_more(made):
     [(7, 7), ("B", 16), ("49*B", 784), ("0.5*B", 8), ("B + 1", 17), ("(B//4)", 4), ("2*B - 3", 29)],
 )
 def test_a_dimension_of_any_form_has_a_size(dimension, size):
-    assert cost._size(dimension, ROWS) == size
+    assert cost.size_of(dimension, ROWS) == size
 
 
 def test_a_workspace_grows_with_the_rows(made):

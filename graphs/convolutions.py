@@ -163,11 +163,21 @@ def channels_last(graph: FusedGraph) -> int:
     after = {node: reach(node.users, lambda one: one.users) for node in chosen}
     chosen = [node for node in chosen if not any(_sees_memory(one) for one in after[node])]
     for target in {str(node.args[1].target) for node in chosen if isinstance(node.args[1], fx.Node)}:
-        set_tensor(graph, target, get_tensor(graph, target).contiguous(memory_format=torch.channels_last))
+        set_tensor(graph, target, _laid_last(get_tensor(graph, target)))
     for node in {one for conv in chosen for one in after[conv]}:
         if node.target in _VIEWS:
             node.target = aten.reshape.default
     return len(chosen)
+
+
+def _laid_last(weight_OIHW: Tensor) -> Tensor:
+    """Of one channel it lies both ways, and oneDNN goes by its strides: with those of channels last the result of a
+    grey picture or a spectrogram lies so too (a first convolution of 32 pictures takes a sixth of its time by it)."""
+    last_OIHW = weight_OIHW.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = last_OIHW.shape
+    if channels > 1 or height * width == 1:  # of one place: PyTorch's own product of a single row starts sooner
+        return last_OIHW
+    return last_OIHW.as_strided(last_OIHW.shape, (height * width, 1, width, 1))
 
 
 def _is_flat(node: fx.Node) -> bool:

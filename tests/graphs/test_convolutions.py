@@ -146,6 +146,29 @@ def test_weights_lie_channels_last_and_views_still_read_what_they_did():
     parity(whole(module)[0], module, SHAPE)
 
 
+class Grey(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.two(self.one(x).relu()).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_one_channel_too(dtype):
+    """A weight of one channel lies both ways: its strides must say which, or the result is turned around twice."""
+    module, shape = Grey(), (1, 12, 10)
+    graph = graph_of(module, shape)
+    assert channels_last(graph) == 2
+    parity(graph, module, shape)
+    first = next(node for node in graph.graph.nodes if node.target is aten.conv2d.default)
+    weight_OIHW, bias_O = (get_tensor(graph, str(node.target)).to(dtype) for node in first.args[1:3])
+    with torch.inference_mode():
+        found = aten.conv2d(torch.rand(4, *shape).to(dtype), weight_OIHW, bias_O)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 def whole(module):
     graph = graph_of(module, SHAPE)
     return graph, passes.optimise(graph)

@@ -58,13 +58,20 @@ class Feed:
         self._claims: dict[tuple[str, bytes], _Claim] = {}
         self._keep: dict[tuple[str, int], bytes] = {}  # (branch, row) → what its embedding is to be kept under
         self.values = {value.name: value for value in plan.values}
-        self.core_seconds = 0.0  # spent decoding and preparing, on all workers
+        self._sources: list[MediaSource] = []
+        self._processes_seconds = 0.0  # spent decoding by processes
         self.spans: list[Decoding] = []
         self._lock = threading.Lock()
 
     def open(self, branch: str, media: MediaRows) -> MediaSource:
         """The media of one branch, decoded into `media`."""
-        return MediaSource(self, branch, media)
+        self._sources.append(MediaSource(self, branch, media))
+        return self._sources[-1]
+
+    @property
+    def core_seconds(self) -> float:
+        """Spent decoding and preparing, on all workers."""
+        return self._processes_seconds + sum(source.core_seconds for source in self._sources)
 
     def computing(self) -> None:
         """A bucket is about to be computed: what need not be decoded beside it waits."""
@@ -77,7 +84,7 @@ class Feed:
     def load(self, branch: str, row: int, slot: int, media: MediaRows) -> Found:
         """On any thread: the slot that a medium was decoded into, its embedding if that is known, a row that is like
         it, or why there is none."""
-        clock, began = time.thread_time(), time.perf_counter()
+        began = time.perf_counter()
         try:
             if self.recall is None or branch not in self.recall.forms:
                 self._decode(branch, row, slot, media)
@@ -86,10 +93,7 @@ class Feed:
         except MediaError as error:
             return error
         finally:
-            span = Decoding(branch, threading.current_thread().name, began, time.perf_counter())
-            with self._lock:
-                self.core_seconds += time.thread_time() - clock
-                self.spans.append(span)
+            self.spans.append(Decoding(branch, threading.current_thread().name, began, time.perf_counter()))
 
     def computed(self, branch: str, rows: Sequence[int], embeddings_KD: Tensor) -> None:
         """Keep the embeddings of rows that were looked up in vain."""
@@ -118,7 +122,7 @@ class Feed:
 
     def _spent(self, seconds: float) -> None:
         with self._lock:
-            self.core_seconds += seconds
+            self._processes_seconds += seconds
 
     def _found(self, recall: Recall, branch: str, row: int, slot: int, media: MediaRows) -> Found:
         """Look a medium up; else decode it, once for all rows that have it."""
@@ -182,6 +186,10 @@ class MediaSource:
             return feed.load(branch, row, self._slot_of[row], media)
 
         self._queue = feed.ahead.queue(load, self._room)
+
+    @property
+    def core_seconds(self) -> float:
+        return self._queue.core_seconds
 
     def put(self, rows: Iterable[int]) -> None:
         """Ask for rows; they are decoded ahead as far as there is room."""

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target
 from mmpipe.graphs.backends.convolved import convolved
+from mmpipe.graphs.backends.interpreted import interpreted
 from mmpipe.graphs.backends.packed import available, packed
 from mmpipe.graphs.backends.spectrum import split
 from mmpipe.graphs.plan import Segment
@@ -42,10 +43,11 @@ def written(segment: Segment, short: fx.GraphModule, examples: Sequence[Tensor])
     """Such a module as one function."""
     if any(node.op == "call_module" for node in short.graph.nodes):
         return short.forward
-    parts = split(short) if _on_host(short, examples) else None
+    on_host = _on_host(short, examples)
+    parts = split(short) if on_host else None
     if parts is None or not _by_rows(parts[0]):
-        return _Writer(short).function(segment.name)
-    front, rest = (_Writer(part).function(segment.name) for part in parts)
+        return (interpreted(short) if on_host else None) or _Writer(short).function(segment.name)
+    front, rest = (interpreted(part) or _Writer(part).function(segment.name) for part in parts)
     return lambda *tensors: rest(*tensors, *_in_bands(front, tensors))
 
 

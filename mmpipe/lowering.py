@@ -38,6 +38,8 @@ from mmpipe.tuned import WON_BACK, Tuned
 LARGE_NUMBERS = 5_000_000
 TOKENS_FOR_LENGTHS = 65_536  # of a job's texts, padded: a text encoder is captured for several lengths meanwhile
 _GAIN = 1.3  # how much faster a product has to be
+# Of a row, by native code: Python has to call it, and a segment without any runs without Python (interpreted.py).
+_LEAST_SAVED_S = 30e-6
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Lowering:
     def _plain(self, made: Cut, module: GraphModule, large: bool, job_rows: int) -> tuple[Choice, str, int | None]:
         """What needs no tuning: code of our own where it can be had, without waiting for a compiler in vain."""
         choice = self._eager(large)
-        if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not saved_seconds(module):
+        if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not _native_saves(module):
             return choice, "", None
         if why := kernels.why_not():
             return choice, f"not native: {why}", None
@@ -261,7 +263,7 @@ class Lowering:
         if not calibrated and not kernels.ready(compiled_folder()):
             branches = (s for s in made.plan.segments if s.branch != HEAD and s.branch not in self.refused)
             encoders = [made.modules[segment.name] for segment in branches]
-            saved = sum(saved_seconds(one) for one in encoders if self._eager(_large(one)).dtype == "bfloat16")
+            saved = sum(_native_saves(one) for one in encoders if self._eager(_large(one)).dtype == "bfloat16")
             pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)
             if job_rows < pays_from:
                 why = f"{job_rows} rows would save {job_rows * saved:.1f} s, compiling takes {kernels.SECONDS:.0f} s"
@@ -293,6 +295,12 @@ class Lowering:
         if self.config.runtime.backend != "auto":
             return "configured"
         return "nothing was tuned for these models here; mmpipe autotune finds whether a compiler pays"
+
+
+def _native_saves(module: GraphModule) -> float:
+    """Seconds of a row; 0: not worth it."""
+    saved = saved_seconds(module)
+    return saved if saved >= _LEAST_SAVED_S else 0.0
 
 
 def _large(module: GraphModule) -> bool:

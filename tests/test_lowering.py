@@ -216,6 +216,7 @@ def attentive(models, monkeypatch):
     loaded = []
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 4.0)
     monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
+    monkeypatch.setattr(lowering, "_LEAST_SAVED_S", 0.0)
     monkeypatch.setattr(kernels, "why_not", lambda: "")
     monkeypatch.setattr(kernels, "ready", lambda folder: False)
     monkeypatch.setattr(kernels, "load", loaded.append)
@@ -240,6 +241,19 @@ def test_attention_is_compiled_where_a_job_wins_it_back(attentive):
     assert (backend, pays_from) == ("native", None)
     assert "native: attention and norms compiled for this processor" in why
     assert len(loaded) == 1
+
+
+def test_where_attention_of_our_own_would_save_next_to_nothing_it_is_not_asked_for(attentive, monkeypatch):
+    pipeline, loaded = attentive
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 4.0)
+    monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
+    monkeypatch.setattr(kernels, "why_not", lambda: "")
+    monkeypatch.setattr(kernels, "ready", lambda folder: True)
+    backend, why, pays_from = chosen(pipeline, 1_000_000)
+    assert (backend, pays_from) == ("eager", None)
+    assert "native" not in why
+    assert loaded == []
 
 
 def test_a_way_that_a_later_job_takes_goes_through_the_gate_too(attentive, monkeypatch):

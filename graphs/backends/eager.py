@@ -46,8 +46,9 @@ def written(segment: Segment, short: fx.GraphModule, examples: Sequence[Tensor])
     on_host = _on_host(short, examples)
     parts = split(short) if on_host else None
     if parts is None or not _by_rows(parts[0]):
-        return (interpreted(short) if on_host else None) or _Writer(short).function(segment.name)
-    front, rest = (interpreted(part) or _Writer(part).function(segment.name) for part in parts)
+        function = _Writer(short).function(segment.name)
+        return interpreted(short, function) if on_host else function
+    front, rest = (interpreted(part, _Writer(part).function(segment.name)) for part in parts)
     return lambda *tensors: rest(*tensors, *_in_bands(front, tensors))
 
 

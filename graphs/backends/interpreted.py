@@ -37,14 +37,20 @@ class _Strange(Exception):
     """Something that TorchScript has no operation for, or takes for another."""
 
 
-def interpreted(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]] | None:
-    """The function from a module's inputs to its tuple of outputs; None where something in it is not such an operation,
-    or this PyTorch has no such interpreter."""
+_Function = Callable[..., tuple[Tensor, ...]]
+
+
+def interpreted(module: fx.GraphModule, python: _Function) -> _Function:
+    """`python`, the function from the module's inputs to its tuple of outputs, by the interpreter; `python` itself
+    where something in it is not such an operation, or this PyTorch has no such interpreter.
+
+    What the interpreter fails at, `python` does again: the interpreter's errors hide which error it was.
+    """
     try:
         script = _Script(module)
         function = _C._create_function_from_graph("segment", script.graph)
     except (_Strange, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None
+        return python
     weights = tuple(script.weights)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -53,8 +59,11 @@ def interpreted(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]] | N
         try:
             found: tuple[Tensor, ...] = function(*tensors, *weights)
             return found
+        except RuntimeError:
+            pass
         finally:
             _C._set_graph_executor_optimize(before)
+        return python(*tensors)
 
     return run
 

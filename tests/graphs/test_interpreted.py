@@ -24,11 +24,20 @@ def made(write, **tensors):
     return fx.GraphModule(root, graph)
 
 
+def never(*tensors):
+    raise AssertionError
+
+
+def python(module):
+    return _Writer(module).function("test")
+
+
 def both(module, *inputs):
-    function = interpreted(module)
-    assert function is not None
+    twin = python(module)
+    function = interpreted(module, never)
+    assert function is not never
     with torch.inference_mode():
-        found, wanted = function(*inputs), _Writer(module).function("test")(*inputs)
+        found, wanted = function(*inputs), twin(*inputs)
     assert isinstance(found, tuple)
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -112,20 +121,22 @@ def test_what_is_not_an_operation_of_the_dispatcher_is_left_to_python():
         return (call(aten.where.self, (call(aten.gt.Scalar, (x, 0)), x, 0.0)),)
 
     for write in (method, own, taken_for_another):
-        assert interpreted(made(write)) is None
+        assert interpreted(made(write), never) is never
 
 
-def test_a_caller_s_own_scripts_are_optimised_as_before():
-    function = interpreted(made(lambda graph, x, call: (call(aten.mm.default, (x, x)),)))
-    before = torch._C._get_graph_executor_optimize()
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+def test_an_error_is_the_operation_s_own_and_leaves_a_caller_s_own_scripts_optimised_as_before():
+    module = made(
+        lambda graph, x, call: (call(aten.embedding.default, (x, graph.get_attr("far"))),), far=torch.tensor([7])
+    )
+    function, before = interpreted(module, python(module)), torch._C._get_graph_executor_optimize()
+    with pytest.raises(IndexError, match="index out of range"):
         function(X)
     assert torch._C._get_graph_executor_optimize() == before
 
 
 def test_without_such_an_interpreter_python_calls(monkeypatch):
     monkeypatch.delattr(torch._C, "_create_function_from_graph")
-    assert interpreted(made(lambda graph, x, call: (call(aten.relu.default, (x,)),))) is None
+    assert interpreted(made(lambda graph, x, call: (call(aten.relu.default, (x,)),)), never) is never
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -245,10 +245,7 @@ def test_attention_is_compiled_where_a_job_wins_it_back(attentive):
 
 def test_where_attention_of_our_own_would_save_next_to_nothing_it_is_not_asked_for(attentive, monkeypatch):
     pipeline, loaded = attentive
-    monkeypatch.undo()
-    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 4.0)
-    monkeypatch.setattr(lowering, "LARGE_NUMBERS", 1000)
-    monkeypatch.setattr(kernels, "why_not", lambda: "")
+    monkeypatch.setattr(lowering, "_LEAST_SAVED_S", 1.0)  # of a row; the fixture asks for nothing
     monkeypatch.setattr(kernels, "ready", lambda folder: True)
     backend, why, pays_from = chosen(pipeline, 1_000_000)
     assert (backend, pays_from) == ("eager", None)

@@ -343,6 +343,8 @@ def measure(processes: Mapping[str, Process], rounds: int) -> list[Contender]:
             except (EOFError, OSError):  # what the others measured stands
                 print(f"{name}: left out, its process has died (was there memory for all of them?)", flush=True)
                 del found[name]
+                if not wanted or not found:
+                    raise SystemExit("nothing to compare the others with") from None
                 continue
             one.seconds.append(seconds)
             print(f"  round {number + 1}: {name:<34} {seconds:8.2f} s", flush=True)

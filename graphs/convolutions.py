@@ -162,22 +162,41 @@ def channels_last(graph: FusedGraph) -> int:
     chosen = [node for node in graph.graph.nodes if _is_flat(node)]
     after = {node: reach(node.users, lambda one: one.users) for node in chosen}
     chosen = [node for node in chosen if not any(_sees_memory(one) for one in after[node])]
-    for target in {str(node.args[1].target) for node in chosen if isinstance(node.args[1], fx.Node)}:
-        set_tensor(graph, target, _laid_last(get_tensor(graph, target)))
+    readers: dict[str, list[fx.Node]] = {}
+    for node in chosen:
+        if isinstance(node.args[1], fx.Node):
+            readers.setdefault(str(node.args[1].target), []).append(node)
+    for target, convs in readers.items():
+        set_tensor(graph, target, _laid_last(get_tensor(graph, target), all(map(_is_even, convs))))
     for node in {one for conv in chosen for one in after[conv]}:
         if node.target in _VIEWS:
             node.target = aten.reshape.default
     return len(chosen)
 
 
-def _laid_last(weight_OIHW: Tensor) -> Tensor:
+def _laid_last(weight_OIHW: Tensor, even: bool) -> Tensor:
     """Of one channel it lies both ways, and oneDNN goes by its strides: with those of channels last the result of a
-    grey picture or a spectrogram lies so too (a first convolution of 32 pictures takes a sixth of its time by it)."""
+    grey picture or a spectrogram lies so too (a first convolution of 32 pictures takes a sixth of its time by it).
+
+    Only where its steps are `even` and it is wider and higher than 1: with others oneDNN 3.11 writes past its buffers
+    then, or answers with what was in memory. And of one place PyTorch's own product of a single row starts sooner.
+    """
     last_OIHW = weight_OIHW.contiguous(memory_format=torch.channels_last)
     _, channels, height, width = last_OIHW.shape
-    if channels > 1 or height * width == 1:  # of one place: PyTorch's own product of a single row starts sooner
+    if channels > 1 or min(height, width) == 1 or not even:
         return last_OIHW
     return last_OIHW.as_strided(last_OIHW.shape, (height * width, 1, width, 1))
+
+
+def _is_even(conv: fx.Node) -> bool:
+    """conv(input, weight, bias, stride, padding, dilation, groups): as far down as to the right, and of one group."""
+    given: Any = {
+        **dict(zip(("bias", "stride", "padding", "dilation", "groups"), conv.args[2:], strict=False)),
+        **conv.kwargs,
+    }
+    stride, dilation = (given.get(key, 1) for key in ("stride", "dilation"))
+    same = all(isinstance(one, int) or len(set(one)) == 1 for one in (stride, dilation))
+    return same and given.get("groups", 1) == 1
 
 
 def _is_flat(node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
 """The slow twin of every other backend, in float32: the graph as it is, one ATen operation after the other. In bfloat16
 on a CPU its products are on packed weights (packed.py); a log spectrum is computed a few rows at a time.
 
-A segment becomes one straight Python function. Against the code that torch.fx writes it saves what a small segment
+A segment becomes one straight function, which TorchScript's interpreter takes on the host where it can
+(interpreted.py), else Python. Against the code that torch.fx writes Python's saves what a small segment
 feels: tensors are found as locals instead of through `nn.Module.__getattr__`, operations without the lookups in
 `torch.ops` (a sixth of a single call of the quickstart models). Every value is freed after its last use.
 """

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mmpipe.graphs.fuse import get_tensor
-
 _C: Any = torch._C
 _NAMESPACES = ("aten", "mkldnn")  # of operations that are the dispatcher's alone
 _MEMORY_FORMATS = {  # their numbers in the dispatcher: Python has but their names
@@ -49,7 +47,7 @@ def interpreted(module: fx.GraphModule, python: _Function) -> _Function:
     try:
         script = _Script(module)
         function = _C._create_function_from_graph("segment", script.graph)
-    except (_Strange, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except (_Strange, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return python
     weights = tuple(script.weights)
 
@@ -82,7 +80,9 @@ class _Script:
         shared: dict[int, Any] = {}  # one input for a tensor that is read under two names
         for node in nodes:
             if node.op == "get_attr":
-                tensor = get_tensor(module, str(node.target))
+                tensor = operator.attrgetter(str(node.target))(module)  # itself: an edit of it is to be seen
+                if not isinstance(tensor, Tensor):
+                    raise _Strange(str(node.target))
                 if id(tensor) not in shared:
                     shared[id(tensor)] = self._input()
                     self.weights.append(tensor)
@@ -111,6 +111,8 @@ class _Script:
                 raise _Strange(f"item {place}")
             if isinstance(results, list):
                 return results[place]
+            if results is None or str(results.type()) != "List[Tensor]":
+                raise _Strange(f"item {place} of {source}")
             return self._put("aten::__getitem__", [results, self.graph.insertConstant(place)], [_C.TensorType.get()])
         if target is torch.ops.aten.sym_size.int:
             given = [self._one(node.args[0]), self.graph.insertConstant(node.args[1])]
@@ -120,6 +122,10 @@ class _Script:
         if not isinstance(target, torch._ops.OpOverload) or target.namespace not in _NAMESPACES:
             raise _Strange(str(target))
         schema: Any = target._schema
+        if schema.is_mutable:  # x.mul_(number) is another operation's in other bits, and none may be done twice
+            raise _Strange(str(target))
+        if node.kwargs.get("implicit"):  # an expand that the interpreter leaves out
+            raise _Strange(f"{target} {node.kwargs}")
         given = [self._argument(node, place, one) for place, one in enumerate(schema.arguments)]
         types = [one.type for one in schema.returns]
         return self._put(schema.name, given, types, f"{schema.name}.{schema.overload_name}".rstrip("."))
@@ -127,7 +133,7 @@ class _Script:
     def _put(self, name: str, given: Sequence[Any], types: Sequence[Any], overload: str = "") -> Any:
         results = self._node(name, given, types)
         found, _, _ = (results[0] if isinstance(results, list) else results).node().schema().partition("(")
-        # x · Tensor with a number for the tensor: x · Scalar makes a tensor of it, as Python's call does
+        # x · Tensor with a number for the tensor: x · Scalar makes a tensor of it, and the same bits
         if not found or (overload and found not in (overload, overload.replace(".Tensor", ".Scalar"))):
             raise _Strange(f"{overload or name} is taken for {found}")
         return results

@@ -169,6 +169,36 @@ def test_of_one_channel_too(dtype):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+class Uneven(nn.Module):
+    def __init__(self, kernel, stride, padding):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, kernel, stride=stride, padding=padding)
+
+    def forward(self, x):
+        return self.conv(x).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "shape"),
+    [
+        ((1, 4), (1, 4), 0, (1, 5, 5)),
+        (3, (1, 4), 1, (1, 7, 3)),
+        ((1, 32), (2, 1), 0, (1, 100, 128)),
+        ((4, 1), 1, 0, (1, 6, 1)),
+    ],
+)
+def test_of_one_channel_only_where_onednn_computes_it(kernel, stride, padding, shape):
+    """With uneven steps it answers 1e38, or writes past its buffers."""
+    module = Uneven(kernel, stride, padding)
+    graph = graph_of(module, shape)
+    assert channels_last(graph) == 1
+    weight_OIHW = next(
+        get_tensor(graph, str(n.target)) for n in graph.graph.nodes if n.op == "get_attr" and "weight" in n.name
+    )
+    assert weight_OIHW.stride(1) != 1 or 1 in weight_OIHW.shape[2:3]
+    parity(graph, module, shape)
+
+
 def whole(module):
     graph = graph_of(module, SHAPE)
     return graph, passes.optimise(graph)

@@ -101,6 +101,9 @@ def test_weights_types_layouts_and_what_may_be_left_out():
     with torch.no_grad():  # they are the module's own, not copies of them
         module.w.zero_()
         both(module, X)
+        function = interpreted(module, never)
+        module.w.data = torch.ones(5, 8)
+        assert torch.equal(function(X)[2], python(module)(X)[2])
 
 
 def test_indices_that_may_be_none():
@@ -120,7 +123,17 @@ def test_what_is_not_an_operation_of_the_dispatcher_is_left_to_python():
     def taken_for_another(graph, x, call):  # a list of numbers where the overload wants tensors
         return (call(aten.where.self, (call(aten.gt.Scalar, (x, 0)), x, 0.0)),)
 
-    for write in (method, own, taken_for_another):
+    def in_place(graph, x, call):
+        return (call(aten.mul_.Tensor, (x, 0.3)),)
+
+    def a_size_of_several(graph, x, call):
+        sizes = call(aten.sym_size.default, (x,))
+        return (call(aten.add.Tensor, (x, call(operator.getitem, (sizes, 0)))),)
+
+    def implicit(graph, x, call):
+        return (call(aten.expand.default, (x, [2, 6, 8]), {"implicit": True}),)
+
+    for write in (method, own, taken_for_another, in_place, a_size_of_several, implicit):
         assert interpreted(made(write), never) is never
 
 

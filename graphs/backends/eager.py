@@ -10,6 +10,7 @@ feels: tensors are found as locals instead of through `nn.Module.__getattr__`, o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class _Writer:
             if node.op == "placeholder":
                 inputs.append(self._text(node))
             elif node.op == "get_attr":
-                self.names[id(node)] = self._bind(_attribute(self.module, str(node.target)))
+                self.names[id(node)] = self._bind(attrgetter(str(node.target))(self.module))
             elif node.op == "output":
                 lines.append(f"return {self._text(node.args[0])}")
             else:
@@ -155,9 +156,3 @@ def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
         if value.op not in ("get_attr", "output", "placeholder") and user.op != "output":
             dead[user].append(value)
     return dead
-
-
-def _attribute(root: Any, target: str) -> Any:
-    for part in target.split("."):
-        root = getattr(root, part)
-    return root

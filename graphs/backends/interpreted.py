@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -105,13 +105,13 @@ class _Script:
         if node.op != "call_function":
             raise _Strange(node.op)
         if target is operator.getitem:
-            source, place = node.args
-            results = self._values.get(source)  # type: ignore[arg-type]
-            if not isinstance(place, int):
-                raise _Strange(f"item {place}")
+            source, place = cast("tuple[fx.Node, Any]", node.args)
+            results = self._values.get(source)
+            if not isinstance(place, int) or results is None:
+                raise _Strange(f"item {place} of {source}")
             if isinstance(results, list):
                 return results[place]
-            if results is None or str(results.type()) != "List[Tensor]":
+            if str(results.type()) != "List[Tensor]":
                 raise _Strange(f"item {place} of {source}")
             return self._put("aten::__getitem__", [results, self.graph.insertConstant(place)], [_C.TensorType.get()])
         if target is torch.ops.aten.sym_size.int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -105,6 +106,8 @@ def _variants(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
         yield "exact decoding", ["input.decode=exact"]
     if len(pipeline.plan.branches) > 1 and resolved.schedule == "cascade":
         yield "branches side by side", ["runtime.schedule=parallel"]
+    if resolved.workers > 1:
+        yield "one process", ["runtime.workers=1"]
     if resolved.batch_size > 1:
         yield "one row a bucket", ["runtime.batch_size=1"]
 
@@ -112,23 +115,26 @@ def _variants(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
 def _about(pipeline: Pipeline) -> str:
     resolved = pipeline.resolved
     lanes = f"{resolved.lanes} lanes of {resolved.threads} threads, {resolved.batch_size} rows a bucket"
-    return f"{resolved.dtype}, {resolved.backend}, {resolved.schedule}, {lanes}"
+    processes = f"{resolved.workers} processes of " if resolved.workers > 1 else ""
+    return f"{resolved.dtype}, {resolved.backend}, {resolved.schedule}, {processes}{lanes}"
 
 
 def _round(measured: Measured, pipeline: Pipeline, samples: Sequence[Sample]) -> None:
-    decode = compute = 0.0
+    spent: Counter[str] = Counter()
     shard = pipeline.config.output.shard_rows
     began = time.perf_counter()
-    for start in range(0, len(samples), shard):
-        _, outcome = pipeline.run(samples[start : start + shard])
-        decode += outcome.seconds["decode"]
-        compute += sum(outcome.seconds.get(segment.name, 0.0) for segment in pipeline.plan.segments)
+    pipeline.run_shards(
+        [samples[start : start + shard] for start in range(0, len(samples), shard)],
+        lambda samples, predictions, outcome: spent.update(outcome.seconds),
+    )
     measured.seconds.append(time.perf_counter() - began)
     resolved = pipeline.resolved
+    decode, compute = spent["decode"], sum(spent[segment.name] for segment in pipeline.plan.segments)
     measured.decode_core_seconds, measured.compute_seconds = decode, compute
-    decoding = decode / resolved.decode_workers
+    cores = resolved.workers * resolved.decode_workers
+    decoding = decode / cores
     if resolved.device == "cpu":
-        side_by_side = max(1, resolved.decode_workers // resolved.threads)  # segments that the cores can run at once
+        side_by_side = max(1, cores // resolved.threads)  # segments that the cores can run at once
         measured.bound_seconds = decoding + compute / side_by_side
     else:  # the cores decode while the GPU computes
         measured.bound_seconds = max(decoding, compute)

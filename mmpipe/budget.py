@@ -9,6 +9,7 @@ from mmpipe.graphs import cost
 from mmpipe.graphs.cut import Cut
 from mmpipe.resolved import Resolved, placed
 from mmpipe.runtime.pool import PoolSizes
+from mmpipe.workers import OWN_BYTES
 
 _SMALLER = (32, 16, 8, 4, 1)
 _SLOTS = 64  # how finely slots are counted
@@ -31,13 +32,16 @@ class Budget:
                 if step.does == "run":
                     inside = cost.workspace_bytes(self.made.modules[step.segment], stage_plan.rows)
                     streams[step.stream] = max(streams.get(step.stream, 0), inside)
+        count = resolved.workers
+        own = {} if count == 1 else {"processes": (count - 1) * OWN_BYTES}
         return {
-            "weights": self.weights,
-            "slots": sizes.slots,
-            "media": sizes.media,
-            "scratch": sizes.lanes * sizes.scratch,
-            "host": sizes.lanes * sizes.host,
-            "workspaces": sum(streams.values()) * (plan.lanes if plan.own_streams else 1),
+            "weights": self.weights,  # forked processes have them without a copy
+            "slots": count * sizes.slots,
+            "media": count * sizes.media,
+            "scratch": count * sizes.lanes * sizes.scratch,
+            "host": count * sizes.lanes * sizes.host,
+            "workspaces": count * sum(streams.values()) * (plan.lanes if plan.own_streams else 1),
+            **own,
             "decoding": decoding_bytes(resolved.memory_limit),
         }
 

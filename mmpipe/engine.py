@@ -2,18 +2,22 @@
 
     samples ─► Feed ─► executor ─► Outcome ─► (views of the unsure ─► executor) ─► Answers ─► predictions
 
+A job of many samples does that in several processes (`mmpipe.workers`).
+
 Not safe for several threads: the pipeline's lock is.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mmpipe import media
+from mmpipe import cache, media
 from mmpipe.answers import Answers, Weighed
 from mmpipe.budget import decoding_bytes
 from mmpipe.build import Built
@@ -21,16 +25,17 @@ from mmpipe.config import Config
 from mmpipe.decoders import Decoders, available
 from mmpipe.deliberating import Deliberation
 from mmpipe.feed import Feed
+from mmpipe.parts import Parts
 from mmpipe.recalling import Recalling
 from mmpipe.resolved import Kind, Resolved
 from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Answered, Shard
 from mmpipe.types import Prediction, Sample
+from mmpipe.workers import Done, run_side_by_side
 
+_LEAST_BUCKETS = 4  # of a part that is run with exits: only the last bucket of each of its stages is padded
 _TAKE_TURNS = 4  # cores; with more, decoding beside computing is felt less than waiting for the last picture
-
-Done = Callable[[Sequence[Sample], list[Prediction], Outcome], None]
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,33 @@ class Engine:
 
     def run(self, samples: Sequence[Sample], wish: Wish, answered: Answered) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of each row's first look. `answered` is told of progress."""
-        outcome = self._outcome(samples, wish, answered)
-        return self._told(samples, outcome, wish), outcome
+        found: list[tuple[list[Prediction], Outcome]] = []
+        self.run_shards([samples], wish, lambda samples, *answers: found.append(answers), answered)
+        return found[0]
 
-    def run_shards(self, shards: Iterable[Sequence[Sample]], done: Done, answered: Answered) -> None:
+    def run_shards(
+        self, shards: Sequence[Sequence[Sample]], wish: Wish, done: Done, answered: Answered = lambda count: None
+    ) -> None:
         """As `run` for one shard after the other; `done` gets each, in order."""
-        wish = Wish()
-        if self.deliberation is not None:  # it runs the same plan again, which a shard in flight would be using
-            for samples in shards:
-                done(samples, *self.run(samples, wish, answered))
+
+        def run(parts: Iterable[Sequence[Sample]], answered: Answered, done: Done) -> None:
+            self._run_here(parts, wish, answered, done)
+
+        def counted(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+            if wish.exits:
+                self.runners.count(outcome)
+            done(samples, predictions, outcome)
+
+        workers = self._workers(sum(map(len, shards)), wish)
+        if workers == 1:
+            run(shards, answered, counted)
             return
-        self._execute(
-            shards, wish, answered, lambda samples, outcome: done(samples, self._told(samples, outcome, wish), outcome)
-        )
+        executor = self.runners.executor(wish.kind, wish.exits)  # made before it is shared
+        bucket = executor.plan.stage_plans[0].rows
+        least = (_LEAST_BUCKETS if executor.plan.stages > 1 and wish.exits else 1) * bucket
+        parts = Parts(shards, workers, bucket, least)
+        cache.let_go()
+        run_side_by_side(parts, run, answered, counted)
 
     def close(self) -> None:
         """Give back executors and the cache; they are made again when they are needed."""
@@ -87,13 +106,33 @@ class Engine:
             self._decoders = Decoders(self.built.preparations, self.limits, resolved.decode_workers)
         return self._decoders
 
+    def _workers(self, rows: int, wish: Wish) -> int:
+        """How many processes so many rows are run in: each needs a bucket, and an observer sees this one alone."""
+        resolved = self.runners.resolved(wish.kind)
+        elsewhere = threading.current_thread() is not threading.main_thread()
+        if resolved.workers == 1 or elsewhere or self.runners.observers.any():
+            return 1
+        return max(1, min(resolved.workers, math.ceil(rows / resolved.batch_size)))
+
+    def _run_here(self, shards: Iterable[Sequence[Sample]], wish: Wish, answered: Answered, done: Done) -> None:
+        """In this process alone."""
+        if self._deliberates(wish):  # it runs the same plan again, which a shard in flight would be using
+            for samples in shards:
+                outcome = self._outcome(samples, wish, answered)
+                done(samples, self._told(samples, outcome, wish), outcome)
+            return
+        self._execute(
+            shards, wish, answered, lambda samples, outcome: done(samples, self._told(samples, outcome, wish), outcome)
+        )
+
+    def _deliberates(self, wish: Wish) -> bool:
+        return self.deliberation is not None and (wish.exits if wish.deliberate is None else wish.deliberate)
+
     def _told(self, samples: Sequence[Sample], outcome: Outcome, wish: Wish) -> list[Prediction]:
         """The predictions of a run; samples that it was unsure of are looked at again, where that is asked for."""
         exits = self.runners.plan().exits
         weighed: Mapping[int, Weighed] = {}
-        if wish.exits:
-            self.runners.count(outcome)
-        if self.deliberation is not None and (wish.exits if wish.deliberate is None else wish.deliberate):
+        if self.deliberation is not None and self._deliberates(wish):
             again = Wish(kind=wish.kind, exits=False, cached=wish.cached)
             weighed = self.deliberation.of(
                 samples, outcome, len(exits) - 1, lambda views: self._outcome(views, again, lambda count: None)
@@ -127,7 +166,7 @@ class Engine:
         plan, columns = executor.plan, list(self.built.preparations)
         recall = self.recalling.of(wish.kind, executor) if wish.cached else None
         flying: deque[tuple[Sequence[Sample], Feed]] = deque()
-        resolved = self.runners.resolved()
+        resolved = self.runners.resolved(wish.kind)
         decoders = self.decoders(resolved) if wish.kind == "batch" else None
 
         def shard_of(samples: Sequence[Sample]) -> Shard:
@@ -158,7 +197,7 @@ class Engine:
         alone = wish.kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile
         workers = resolved.decode_workers
-        room = media.Room(decoding_bytes(resolved.memory_limit))
+        room = media.Room(max(1, decoding_bytes(resolved.memory_limit) // resolved.workers))
         several = media.Ahead(
             workers, items_ahead=2 * rows, beside=_beside(resolved, workers), computing=executor.at_work
         )
@@ -175,6 +214,5 @@ def _beside(resolved: Resolved, workers: int) -> int:
     of the segment, and all its others with it (with two cores 7% of a folder's time). Where a GPU computes, all."""
     if resolved.device != "cpu":
         return workers
-    return (
-        0 if resolved.streams == "caller" and resolved.threads > 1 and workers <= _TAKE_TURNS else max(1, workers // 2)
-    )
+    fills = resolved.workers > 1 or (resolved.streams == "caller" and resolved.threads > 1 and workers <= _TAKE_TURNS)
+    return 0 if fills else max(1, workers // 2)

@@ -14,11 +14,24 @@ The ground libraries (graphs, encoders, fusion) raise errors of their own; `mmpi
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MmpipeError(Exception):
     """Base of all. `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process can make it again, whatever a class takes to be made of."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[MmpipeError], args: tuple[Any, ...], about: dict[str, Any]) -> MmpipeError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(about)
+    return error
 
 
 class ConfigError(MmpipeError):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds of a core in so many
 _PACKAGES = (
     *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "timm"),
     *("numpy", "pillow", "soundfile", "soxr", "av", "openvino", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"),
@@ -28,6 +29,15 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def cores() -> int:
+    """That this process may use: a container's share may be less than the processor has."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        found = min(found, max(1, round(int(quota) / int(period))))  # "max": no limit
     return found
 
 

@@ -56,6 +56,9 @@ class Observers:
     def remove(self, number: int) -> None:
         del self._open[number]
 
+    def any(self) -> bool:
+        return bool(self._open)
+
     def watches(self, graph: FusedGraph, made: Cut) -> tuple[dict[str, Watch], Mapping[str, GraphModule]]:
         """(watches of segments, the segments' modules): those that somebody looks at return what is looked at."""
         places = {number: find(graph, made, where) for number, (where, _) in self._open.items()}

@@ -24,7 +24,7 @@ from mmpipe.answers import FULL
 from mmpipe.build import Built, build, not_bound
 from mmpipe.calibrated import mismatch
 from mmpipe.config import Config, load
-from mmpipe.engine import Done, Engine, Wish
+from mmpipe.engine import Engine, Wish
 from mmpipe.errors import InputError, ModelError
 from mmpipe.fingerprints import fingerprints
 from mmpipe.graphs.fuse import FusedGraph
@@ -43,6 +43,7 @@ from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Answered
 from mmpipe.types import MODALITIES, Prediction, Sample
+from mmpipe.workers import Done
 
 _NOT_TOLD = ("reasons", "more_from")  # of what every `auto` became, in run.json
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
@@ -166,14 +167,11 @@ class Pipeline:
         What can't be read becomes a Prediction with a status and a reason, never an exception.
         """
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
+        answers: list[Prediction] = []
         if found:
             self.settle(found)
-        size = self.config.output.shard_rows
-        return [
-            prediction
-            for start in range(0, len(found), size)
-            for prediction in self.run(found[start : start + size])[0]
-        ]
+            self.run_shards(self._shards(found), lambda samples, predictions, outcome: answers.extend(predictions))
+        return answers
 
     def stream(self, samples: Iterable[Sample | Mapping[str, Any]]) -> Iterator[Prediction]:
         """As `predict`, for an iterator that may never end: takes a few buckets at a time."""
@@ -187,15 +185,18 @@ class Pipeline:
         No exits. A sample of which nothing could be read is a row of NaN: `predict` says why.
         """
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
-        if found:
-            self.settle(found)
         rows = np.full((len(found), sum(self._dims.values())), np.nan, dtype=np.float32)
-        size = self.config.output.shard_rows
-        for start in range(0, len(found), size):
-            predictions, _ = self.run(found[start : start + size], exits=False, embeddings=True)
-            for row, prediction in enumerate(predictions, start):
+        numbers = itertools.count()
+
+        def keep(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+            for prediction in predictions:
+                row = next(numbers)
                 if prediction.embedding is not None:
                     rows[row] = prediction.embedding
+
+        if found:
+            self.settle(found)
+            self.run_shards(self._shards(found), keep, exits=False, embeddings=True)
         return rows
 
     def run_folder(
@@ -304,12 +305,28 @@ class Pipeline:
             return self._engine.run(samples, wish, answered)
 
     def run_shards(
-        self, shards: Iterable[Sequence[Sample]], done: Done, *, answered: Answered = lambda count: None
+        self,
+        shards: Sequence[Sequence[Sample]],
+        done: Done,
+        *,
+        exits: bool = True,
+        embeddings: bool | None = None,
+        deliberate: bool | None = None,
+        answered: Answered = lambda count: None,
     ) -> None:
-        """As `run` for one shard after the other, but the next one begins before the last has ended. `done` gets each
-        (samples, predictions, outcome) when it has been answered, in order; it must not use the pipeline."""
+        """As `run` for one shard after the other, but the next one begins before the last has ended, and several
+        processes may share them. `done` gets each (samples, predictions, outcome) when it has been answered, in order;
+        it must not use the pipeline."""
+        wish = Wish(exits=exits, deliberate=deliberate, embeddings=embeddings)
         with self._lock:
-            self._engine.run_shards(shards, done, answered)
+            for shard in shards[:1]:
+                self.runners.prove("batch", shard, self._limits)
+                self._still_calibrated()
+            self._engine.run_shards(shards, wish, done, answered)
+
+    def _shards(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+        size = self.config.output.shard_rows
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):

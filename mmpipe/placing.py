@@ -6,20 +6,22 @@ figures.
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mmpipe import decoders
+from mmpipe import decoders, machine, workers
 from mmpipe.budget import Budget, shown
 from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
 from mmpipe.config.check import ON_THE_HOST
+from mmpipe.config.values import OWN, parse_model
 from mmpipe.errors import ConfigError
 from mmpipe.graphs import cost
+from mmpipe.graphs.backends import OPERATION_BY_OPERATION
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.plan import Plan
 from mmpipe.lowering import Lowering
@@ -38,6 +40,8 @@ _SHARE = 0.8  # of the memory that is available
 
 _EXACT = "pictures as the model's reference prepares them, to the bit; input.decode: fast comes close in less time"
 _CORES_FOR_PROCESSES, _ROWS_FOR_PROCESSES = 6, 2_000
+_BUCKETS_A_WORKER = 4  # from so many on the last ones of each stage, which are not full, weigh little
+_ONE_INSTEAD = "auto uses one process where several can't be had"
 _WORTH = 0.05  # the share of a job that measuring before it may take
 
 Measure = Callable[[Resolved], float]  # → seconds: to an answer, or for a bucket
@@ -85,12 +89,14 @@ def resolve(
     *,
     measure: Measure | None = None,
     rows: int = 0,
+    alone: str = "",
 ) -> Resolved:
     """Decide what the configuration leaves open.
 
     `measure` times a plan: a call takes the way that is fastest; a batch, too, when its `rows` are so many that
     measuring is won back, else (and without `measure`) the way that its rule says. `lowering` chooses backends and
-    number types; None: eager float32. Raises ConfigError where nothing fits memory_limit.
+    number types; None: eager float32. `alone`: why it must be done in one process. Raises ConfigError where nothing
+    fits memory_limit.
     """
     runtime = config.runtime
     reasons: dict[str, str] = {}
@@ -116,7 +122,7 @@ def resolve(
 
     available = device.memory_bytes()
     of_that = f"{_SHARE:.0%} of the {shown(available)} that are available"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = machine.cores()
     computing = (
         cores if device.kind == "cpu" else 1
     )  # what the host does beside a GPU is small: threads would only spin
@@ -134,6 +140,7 @@ def resolve(
         lanes=_LANES,
         slots=0,
         threads=computing,
+        workers=1,
         decode=config.input.decode,
         decode_workers=cores,
         decoding=decided("decoding", *_decoding(cores, available_bytes(), rows, single=kind == "call")),
@@ -164,9 +171,25 @@ def resolve(
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
         ways = _for_calls(base, made, runtime.schedule, small, computing)
         return _fastest([lowered(way) for way in fitting(ways, shrink=False, batches=False)], measure)
+    count, reasons["workers"] = _workers(config, device, cores, rows, base.batch_size, alone)
     shrink = runtime.batch_size == "auto"
     ways = fitting(_for_batches(base, made, runtime.schedule, small, computing), shrink=shrink, batches=True)
     ways = [lowered(way) for way in ways]  # the first is what the rule says
+    if count > 1:
+        compiled = {choice.backend for choice in ways[0].segments.values()} - {*OPERATION_BY_OPERATION}
+        why = f"{count} processes do not fit runtime.memory_limit ({shown(base.memory_limit)})"
+        if compiled:
+            why = f"{' and '.join(sorted(compiled))} has threads of its own, which a forked process would not have"
+        else:
+            copies = 0 if lowering is None else lowering.copied_bytes(made)
+            asked = _in_processes(base, count, runtime.schedule)
+            with contextlib.suppress(ConfigError):
+                way = Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True)
+                if way.slots >= min(config.output.shard_rows, _BUCKETS_A_WORKER * way.batch_size):
+                    return lowered(way)
+        if runtime.workers != "auto":
+            raise config.error("runtime.workers", why, _ONE_INSTEAD)
+        ways = [replace(way, reasons={**way.reasons, "workers": why}) for way in ways]
     if measure is None or not _worth_measuring(ways, rows):
         return ways[0]
     return _fastest(ways, measure)
@@ -224,6 +247,58 @@ def _for_calls(base: Resolved, made: Cut, schedule: str, small: bool, cores: int
         reasons = {**base.reasons, "schedule": "configured" if schedule == "parallel" else ""}
         ways.append(_side_by_side(replace(base, reasons=reasons), branches, small, cores))
     return ways
+
+
+def _workers(config: Config, device: Device, cores: int, rows: int, bucket: int, alone: str) -> tuple[int, str]:
+    """(processes that a job is done in, why): one for each core, or one. Raises ConfigError where more are configured
+    than can be."""
+    asked, least = config.runtime.workers, cores * _BUCKETS_A_WORKER * bucket
+    never = ""
+    if device.kind != "cpu":
+        never = "a GPU computes"
+    elif not workers.available():
+        never = "this system can't fork a process that has loaded torch"
+    elif config.runtime.schedule == "parallel":
+        never = "runtime.schedule: parallel is for branches side by side in one process"
+    elif config.runtime.decoding == "processes":
+        never = "runtime.decoding: processes is for one process that computes"
+    if asked != "auto" and asked > 1 and never:
+        raise config.error("runtime.workers", never, _ONE_INSTEAD)
+    if asked == 1 or never or alone:
+        return 1, "configured" if asked == 1 else never or alone
+    if asked != "auto":
+        return asked, "configured"
+    own = [name for name, encoder in config.encoders.items() if parse_model(encoder.model).kind == OWN]
+    if cores == 1:
+        return 1, "one core"
+    if own:
+        return 1, f"{own[0]}: what your own prepare() holds may not be for several; runtime.workers: {cores} if it is"
+    if rows < least:
+        return 1, f"{rows:,} samples: from {least:,} on each of {cores} cores has enough full buckets"
+    return cores, f"one for each of {cores} cores: none waits for Python's lock, or for another core's part"
+
+
+def _in_processes(base: Resolved, count: int, schedule: str) -> Resolved:
+    """Each with one thread that computes and one that decodes, in turns."""
+    reasons = {
+        **base.reasons,
+        "schedule": "configured" if schedule == "cascade" else "a cascade computes only what is needed",
+        "lanes": "one run at a time in each process",
+        "streams": "the process's own thread",
+        "threads": "one in each process",
+        "decode_workers": "one in each process, while it does not compute",
+        "decoding": "each process decodes what it computes",
+    }
+    return replace(
+        base,
+        streams="caller",
+        lanes=1,
+        threads=1,
+        workers=count,
+        decode_workers=1,
+        decoding="threads",
+        reasons=reasons,
+    )
 
 
 def _threads_why(base: Resolved, cores: int, which: str = "", after: str = "") -> str:

@@ -37,12 +37,13 @@ class Resolved:
     lanes: int
     slots: int
     threads: int  # of each stream that computes
+    workers: int  # processes that do all of this side by side, each over parts of a job
     decode: str  # pictures: exact or fast
-    decode_workers: int
+    decode_workers: int  # of each process
     decoding: str  # on threads, or handed on by them to processes
     memory_limit: int  # bytes
     cache: str
-    memory: Mapping[str, int]  # bytes: weights, slots, media, scratch, host, workspaces, decoding
+    memory: Mapping[str, int]  # bytes, of all processes: weights, slots, media, scratch, host, workspaces, decoding
     reasons: Mapping[str, str]
     segments: Mapping[str, Choice] = field(default_factory=dict)  # lowered otherwise than eager float32
     more_from: int | None = None  # rows from which a compiled backend would be waited for; None: from no number on

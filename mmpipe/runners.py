@@ -6,6 +6,7 @@ The graph is cut anew when it was edited. Of each kind one executor is open at a
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -77,9 +78,24 @@ class Runners:
             measure = self._answering if kind == "call" else self._throughput
             self._rows[kind] = rows or self._rows.get(kind, 0)  # decided anew, it is for the same job
             self._resolved[kind] = resolve(
-                self.config, self.cut, self.device, kind, self.lowering, measure=measure, rows=self._rows[kind]
+                self.config,
+                self.cut,
+                self.device,
+                kind,
+                self.lowering,
+                measure=measure,
+                rows=self._rows[kind],
+                alone=self._alone(),
             )
         return self._resolved[kind]
+
+    def _alone(self) -> str:
+        """Why a job that begins now must be done in one process; "": it need not."""
+        if self.observers.any():
+            return "somebody observes what this process computes"
+        if threading.current_thread() is not threading.main_thread():
+            return "called on a thread that is not the main one, whose locks another process would find taken"
+        return ""
 
     def called(self) -> None:
         """One more single call. They take the way without a compiler until so many have come that waiting for one would
@@ -148,7 +164,7 @@ class Runners:
         placed_modules = {name: self.device.place(module) for name, module in made.modules.items()}
         plain = {s.name: lower("eager", s, placed_modules[s.name], Target(rows)) for s in made.plan.segments}
         lowered = {s.name: self.lowering.lower(made.plan, s, made.modules[s.name], way) for s in made.plan.segments}
-        with threads_of(way.threads):
+        with threads_of(way.threads * way.workers):
             return compare(made.plan, plain, lowered, rows, real, self._gate(False), self.device.held)
 
     def _forget_decision(self, kind: Kind) -> None:

@@ -14,6 +14,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -41,6 +42,16 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (used);
 """
 
 
+_ALL: weakref.WeakSet[Disk] = weakref.WeakSet()
+
+
+def let_go() -> None:
+    """Close every connection of this process; each opens again when it is next needed. Before a fork: what SQLite knows
+    of its files is no other process' knowledge, even of a connection that the other never touches."""
+    for disk in list(_ALL):
+        disk.close()
+
+
 class Disk:
     """A Store in `folder`, of at most about `limit_bytes`: those not used for longest go first.
 
@@ -56,6 +67,7 @@ class Disk:
         self._touched: set[bytes] = set()
         self._reads = self._writes = True
         self._notes: list[str] = []
+        _ALL.add(self)
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         with self._lock:
@@ -132,7 +144,8 @@ class Disk:
         pages, free, size = (ask(f"PRAGMA {name}").fetchone()[0] for name in names)
         return int((pages - free) * size)
 
-    def _connected(self) -> sqlite3.Connection:
+    def _connected(self, *, alone: bool = False) -> sqlite3.Connection:
+        """`alone`: the lock is held already."""
         if self._database is None:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             # threads take turns, by the lock
@@ -140,7 +153,9 @@ class Disk:
                 self.path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=16
             )
             try:
-                made.executescript(_FORM)
+                # two that begin a file at once would not wait for each other: SQLite gives up on changes of mode
+                with contextlib.nullcontext() if alone else _alone(self.path.with_suffix(".lock")):
+                    made.executescript(_FORM)
             except BaseException:
                 made.close()
                 raise
@@ -193,7 +208,7 @@ class Disk:
 
     def _is_whole(self) -> bool:
         try:
-            return bool(self._connected().execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+            return bool(self._connected(alone=True).execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
         except (sqlite3.Error, OSError):
             return False
         finally:

@@ -52,18 +52,21 @@ def shadow(
     pipeline: Pipeline, samples: Sequence[Sample], *, advance: Callable[[int], None] = lambda count: None
 ) -> tuple[Scores, list[str]]:
     """Scores of the samples that could be answered, and their ids. Raises InputError where none could."""
-    pipeline.settle(samples)
     plan, seen = pipeline.plan, _Seen()
     depths = [exit_ for exit_ in plan.exits if ".layer" in exit_.name and not exit_.name.startswith("head.")]
     with ExitStack() as stack:
         for exit_ in depths:
             segment = next(s.name for s in plan.segments if s.branch == HEAD and exit_.value in s.writes)
             stack.enter_context(pipeline.observe(segment, partial(_keep, seen, exit_.name, exit_.value)))
-        size = pipeline.config.output.shard_rows
-        for start in range(0, len(samples), size):
-            shard = samples[start : start + size]
-            _, outcome = pipeline.run(shard, exits=False, embeddings=True, answered=advance)
-            _take(seen, outcome, pipeline)
+        pipeline.settle(samples)  # when it is known whether somebody observes
+        plan, size = pipeline.plan, pipeline.config.output.shard_rows
+        pipeline.run_shards(
+            [samples[start : start + size] for start in range(0, len(samples), size)],
+            lambda shard, predictions, outcome: _take(seen, outcome, pipeline),
+            exits=False,
+            embeddings=True,
+            answered=advance,
+        )
     answered_N = torch.cat(seen.answered) if seen.answered else torch.empty(0, dtype=torch.bool)
     if not answered_N.any():
         raise InputError(f"none of {len(samples):,} samples could be answered: there is nothing to calibrate on")

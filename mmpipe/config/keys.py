@@ -30,6 +30,7 @@ from mmpipe.config.values import (
     SizeOrAuto,
     Text,
     Texts,
+    Workers,
     checked,
     listed,
     nearest,
@@ -206,6 +207,11 @@ class RuntimeConfig(_Keys):
         default="auto",
         description="Keep embeddings between runs: what was encoded before is not decoded or encoded again. `auto`: "
         "for batches and folders, not for single calls. `MMPIPE_CACHE` names the folder (`off`: none).",
+    )
+    workers: Workers = Field(
+        default="auto",
+        description="Processes that do a job side by side on the processor, each with one core and the same models in "
+        "memory: `auto` (one for each core, where the samples are so many that each has enough to do), or 1 to 512.",
     )
     decoding: Literal["auto", "threads", "processes"] = Field(
         default="auto",

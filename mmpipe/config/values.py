@@ -15,6 +15,7 @@ from mmpipe.config.source import shown
 from mmpipe.errors import ConfigError
 from mmpipe.types import MODALITIES
 
+MOST = 512  # rows of a batch, or processes
 OWN = "own"  # the kind of package.module:Class
 
 # kind → (what its name looks like, an example)
@@ -116,12 +117,15 @@ def parse_size_or_auto(value: object) -> int | Literal["auto"]:
     return "auto" if value == "auto" else parse_size(value)
 
 
-def parse_batch_size(value: object) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 512:
-        return value
-    raise ConfigError(f"{shown(value)} is not a batch size", hint="auto, or a whole number from 1 to 512")
+def parse_count_or_auto(what: str) -> Callable[[object], int | Literal["auto"]]:
+    def parse(value: object) -> int | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST:
+            return value
+        raise ConfigError(f"{shown(value)} is not {what}", hint=f"auto, or a whole number from 1 to {MOST}")
+
+    return parse
 
 
 def parse_device(text: str) -> str:
@@ -249,8 +253,10 @@ SizeOrAuto = Annotated[
     PlainSerializer(lambda size: size if size == "auto" else format_size(size)),
     WithJsonSchema({"anyOf": [{"const": "auto"}, _SIZE_SCHEMA]}),
 ]
+_COUNT_SCHEMA = WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": MOST}]})
 BatchSize = Annotated[
-    int | Literal["auto"],
-    PlainValidator(checked(parse_batch_size)),
-    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": 512}]}),
+    int | Literal["auto"], PlainValidator(checked(parse_count_or_auto("a batch size"))), _COUNT_SCHEMA
+]
+Workers = Annotated[
+    int | Literal["auto"], PlainValidator(checked(parse_count_or_auto("a number of processes"))), _COUNT_SCHEMA
 ]

@@ -6,7 +6,6 @@ products, bytes, from the graph. What is concluded: where the time goes, what bo
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -26,7 +25,7 @@ from mmpipe.graphs.fuse import FusedGraph, mark_of
 from mmpipe.graphs.plan import HEAD, Plan, StagePlan
 from mmpipe.graphs.precision import lowered
 from mmpipe.loading import freed_memory_is_kept
-from mmpipe.machine import versions
+from mmpipe.machine import cores, versions
 from mmpipe.pipeline import Pipeline
 from mmpipe.resolved import PLAIN
 from mmpipe.runtime.device import cuda_devices, device_name
@@ -97,9 +96,8 @@ def machine(device: str = "cpu") -> str:
             name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = "" if device == "cpu" else f"{device_name(device)}, "
-    return f"{gpu}{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
+    return f"{gpu}{name}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
 
 
 def _answered(pipeline: Pipeline, predictions: Sequence[Prediction]) -> dict[str, int]:
@@ -183,7 +181,7 @@ def _autos(pipeline: Pipeline) -> list[dict[str, Any]]:
     return lines
 
 
-_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache", "decoding")
+_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache", "workers", "decoding")
 
 
 def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -211,7 +209,9 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         found.append(("fast decoding", resolved.reasons["decode"]))
     if resolved.decoding == "threads":
         found.append(("decoding in processes", resolved.reasons["decoding"]))
-    if resolved.lanes == 1:
+    if resolved.workers == 1 and resolved.device == "cpu":
+        found.append(("a process for each core", resolved.reasons["workers"]))
+    if resolved.lanes == 1 and resolved.workers == 1:
         found.append(("a second lane", resolved.reasons["lanes"]))
     if len(plan.exits) == 1:
         empty = "the calibration certified none" if pipeline.config.fusion.calibration else "fusion.exits is empty"
@@ -275,13 +275,14 @@ def verdict(
         for one in outcome.decodings:
             spent[one.branch] = spent.get(one.branch, 0.0) + one.end - one.start
         worst = max(spent, key=lambda name: spent[name])
-        part, workers = spent[worst] / (sum(spent.values()) or 1.0), pipeline.resolved.decode_workers
+        part, resolved = spent[worst] / (sum(spent.values()) or 1.0), pipeline.resolved
+        workers = resolved.workers * resolved.decode_workers
         text = (
             f"Bound by decoding: the model waits {share['waiting']:.0%} of the time; {worst} takes {part:.0%} of the "
             f"decoding, on {workers} workers."
         )
         advice = [f"Smaller {worst} files, more cores, or an exit before {worst} help; a faster model would not."]
-        if worst == "image" and pipeline.resolved.decode == "exact":
+        if worst == "image" and resolved.decode == "exact":
             advice.append("So does input.decode: fast, where answers may differ a little from the reference's.")
         return text, advice
     text = (

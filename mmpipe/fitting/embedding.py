@@ -17,9 +17,10 @@ from mmpipe.errors import InputError
 from mmpipe.fusion.items import Items
 from mmpipe.jobs.progress import Progress
 from mmpipe.pipeline import Pipeline
-from mmpipe.types import Sample
+from mmpipe.runtime.ledger import Outcome
+from mmpipe.types import Prediction, Sample
 
-_CHUNK = 512  # samples between two looks at the progress: several buckets
+_SHARD = 1024  # samples: many buckets, of which only the last one of each encoder is padded
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,25 @@ def embed(config: Config, samples: Sequence[Sample], labels_N: Tensor, progress:
         began = time.perf_counter()
         found: dict[str, list[Tensor]] = {}
         present: list[Tensor] = []
-        offered_M = torch.zeros(len(dims), dtype=torch.long)
+        offered_M, names = torch.zeros(len(dims), dtype=torch.long), (*dims, *_states(pipeline))
+
+        def keep(shard: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+            nonlocal offered_M
+            for name in names:
+                value = outcome.embeddings.get(name)
+                found.setdefault(name, []).append(torch.empty(0) if value is None else value.to(torch.float32))
+            present.append(outcome.present_NM)
+            offered_M += torch.tensor([sum(s.media.get(name) is not None for s in shard) for name in dims])
+
         progress.start(len(samples), "embedding")
         try:
-            for start in range(0, len(samples), _CHUNK):
-                chunk = samples[start : start + _CHUNK]
-                _, outcome = pipeline.run(chunk, exits=False, embeddings=False)
-                for name in (*dims, *_states(pipeline)):
-                    value = outcome.embeddings.get(name)
-                    found.setdefault(name, []).append(torch.empty(0) if value is None else value.to(torch.float32))
-                present.append(outcome.present_NM)
-                offered_M += torch.tensor([sum(s.media.get(name) is not None for s in chunk) for name in dims])
-                progress.advance(len(chunk))
+            pipeline.run_shards(
+                [samples[start : start + _SHARD] for start in range(0, len(samples), _SHARD)],
+                keep,
+                exits=False,
+                embeddings=False,
+                answered=progress.advance,
+            )
         finally:
             progress.finish()
         seconds = time.perf_counter() - began

@@ -11,6 +11,7 @@ are not changed. They wait until they fill a bucket, so that an audit of 1% cost
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mmpipe.config import AuditConfig
 from mmpipe.fusion.audit import Observed, share_of
 from mmpipe.types import Prediction, Sample
 
+_MOST_SHARDS = 16  # between two looks
 CERTAINTY = 0.95  # of the interval, over all looks of a job at once
 
 
@@ -32,6 +34,10 @@ class AuditSettings:
     promised: float | None
     last_exit: str  # whose answers are the full pipeline's
     batch: int  # samples that are worth a run
+
+    def shards_a_look(self, rows: int) -> int:
+        """After how many shards of so many rows there is enough to compute."""
+        return max(1, min(_MOST_SHARDS, math.ceil(self.batch / (self.share * rows))))
 
 
 def audit_settings(

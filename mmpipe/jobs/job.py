@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -57,20 +58,15 @@ class Engine(Protocol):
 
     def fingerprints(self, samples: Sequence[Sample]) -> Mapping[str, str]: ...
 
-    def run(
-        self,
-        samples: Sequence[Sample],
-        *,
-        exits: bool = ...,
-        deliberate: bool | None = ...,
-        answered: Callable[[int], None] = ...,
-    ) -> tuple[list[Prediction], Outcome]: ...
+    def run(self, samples: Sequence[Sample], *, exits: bool = ...) -> tuple[list[Prediction], Outcome]: ...
 
     def run_shards(
         self,
-        shards: Iterable[Sequence[Sample]],
+        shards: Sequence[Sequence[Sample]],
         done: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
         *,
+        exits: bool = ...,
+        deliberate: bool | None = ...,
         answered: Callable[[int], None] = ...,
     ) -> None: ...
 
@@ -118,7 +114,7 @@ def run_job(
     """
     progress = progress or Silent()
     samples = listing.samples[:limit]
-    began, cores = time.perf_counter(), time.process_time()  # what is measured before the first sample is the job's too
+    began, cores = time.perf_counter(), _core_seconds()  # what is measured before the first sample is the job's too
     settings = engine.job_settings(samples)
     columns = shards.schema(settings.dims, len(settings.labels), listing.keep_types)
     tally = Tally(settings.labels, settings.exits, tuple(settings.dims))
@@ -140,18 +136,14 @@ def run_job(
                 tally.add(shard, predictions, outcome)
 
         progress.start(len(samples), "predicting")
-        parts = (samples[start : start + settings.shard_rows] for start in range(0, len(samples), settings.shard_rows))
+        size = settings.shard_rows
+        whole = [samples[start : start + size] for start in range(0, len(samples), size)]
         try:
             with signals.raised(), collector_spared():
                 if audit is None:
-                    engine.run_shards(parts, commit, answered=progress.advance)
-                for shard in parts if audit is not None else ():
-                    assert audit is not None
-                    answers = engine.run(shard, exits=audit.exits, deliberate=True, answered=progress.advance)
-                    commit(shard, *answers)
-                    audit.look(shard, answers[0])
-                if audit is not None:
-                    audit.finish()
+                    engine.run_shards(whole, commit, answered=progress.advance)
+                else:
+                    _run_audited(engine, whole, audit, commit, progress.advance)
         except MmpipeError as error:
             stopped = error
         except MemoryError as error:
@@ -159,7 +151,7 @@ def run_job(
             stopped.__cause__ = error
         finally:
             progress.finish()
-        seconds = {"total": time.perf_counter() - began, "cpu": time.process_time() - cores}
+        seconds = {"total": time.perf_counter() - began, "cpu": _core_seconds() - cores}
         run = _run_json(settings, tally, fingerprints, seconds, stopped, audit)
         # A disk that is full stays full: what stopped the job is then what to tell.
         with contextlib.suppress(MmpipeError) if stopped else contextlib.nullcontext(), writing(folder):
@@ -176,6 +168,41 @@ def run_job(
     if stopped is not None:
         raise stopped
     return Summary(folder, run, tally, settings.max_failed, settings.limits)
+
+
+def _run_audited(
+    engine: Engine,
+    whole: Sequence[Sequence[Sample]],
+    audit: Auditor,
+    commit: Callable[[Sequence[Sample], list[Prediction], Outcome], None],
+    answered: Callable[[int], None],
+) -> None:
+    """A few shards at a time, each audited when the last of them is committed: exits that are switched off then are so
+    from the same shard on, whatever ran beside what."""
+    count = audit.settings.shards_a_look(len(whole[0]) if whole else 1)
+    for first in range(0, len(whole), count):
+        seen: list[tuple[Sequence[Sample], list[Prediction]]] = []
+
+        def commit_and_keep(
+            shard: Sequence[Sample],
+            predictions: list[Prediction],
+            outcome: Outcome,
+            seen: list[tuple[Sequence[Sample], list[Prediction]]] = seen,
+        ) -> None:
+            commit(shard, predictions, outcome)
+            seen.append((shard, predictions))
+
+        engine.run_shards(
+            whole[first : first + count], commit_and_keep, exits=audit.exits, deliberate=True, answered=answered
+        )
+        for shard, predictions in seen:
+            audit.look(shard, predictions)
+    audit.finish()
+
+
+def _core_seconds() -> float:
+    """Of this process, and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 class _Signals:
@@ -236,8 +263,8 @@ def _run_json(
 ) -> dict[str, Any]:
     spent = dict(tally.seconds)
     again = spent.pop("deliberating", 0.0)  # its segments are counted with the others
-    # cpu: of all threads of this process; decode: core-seconds on the workers; waiting: the model's, for media; fuse:
-    # load, capture, fuse, cut
+    # cpu: of all threads of this process, and of those that computed beside it; decode: core-seconds on the workers;
+    # waiting: the models', for media; fuse: load, capture, fuse, cut
     parts = {name: round(spent.pop(name, 0.0), 4) for name in ("decode", "waiting", "fuse", "write")}
     worth, bucket = worth_of(tally), int(settings.resolved["batch_size"])
     return {

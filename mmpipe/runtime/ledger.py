@@ -89,6 +89,56 @@ class Outcome:
     decodings: list[Decoding] = field(default_factory=list)
 
 
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """Of rows that were run in several parts: as if they had been run at once, the times of all added up."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    counts = [len(one.exit_N) for one in outcomes]
+    found = Outcome(
+        present_NM=torch.cat([one.present_NM for one in outcomes]),
+        opened_NM=torch.cat([one.opened_NM for one in outcomes]),
+        embedded_NM=torch.cat([one.embedded_NM for one in outcomes]),
+        exit_N=torch.cat([one.exit_N for one in outcomes]),
+        confidence_N=torch.cat([one.confidence_N for one in outcomes]),
+        probabilities_NL=_stacked([one.probabilities_NL for one in outcomes], counts),
+    )
+    for name in dict.fromkeys(name for one in outcomes for name in one.embeddings):
+        table = _stacked([one.embeddings.get(name) for one in outcomes], counts)
+        assert table is not None
+        found.embeddings[name] = table
+    looks: dict[int, Look] = {}
+    first = 0
+    for one, count in zip(outcomes, counts, strict=True):
+        found.failures |= {first + row: why for row, why in one.failures.items()}
+        for look in one.looks:
+            whole = looks.setdefault(look.exit_index, Look(look.exit_index, [], [], []))
+            whole.rows += [first + row for row in look.rows]
+            whole.labels += look.labels
+            whole.confidences += look.confidences
+        for name in ("seconds", "files_opened", "recalled", "missed"):
+            mine, its = getattr(found, name), getattr(one, name)
+            mine |= {key: mine.get(key, 0) + value for key, value in its.items()}
+        found.notes += one.notes
+        found.spans += one.spans
+        found.decodings += one.decodings
+        first += count
+    found.looks = [looks[number] for number in sorted(looks)]
+    found.spans.sort(key=lambda span: span.end)
+    return found
+
+
+def _stacked(tables: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    """Below each other; zeros for rows of which nothing was computed. None: nothing was for any."""
+    known = next((table for table in tables if table is not None), None)
+    if known is None:
+        return None
+    filled = [
+        table if table is not None else known.new_zeros((count, *known.shape[1:]))
+        for table, count in zip(tables, counts, strict=True)
+    ]
+    return torch.cat(filled)
+
+
 class Ledger:
     """The account of one run's rows. Rows only ever leave `live`."""
 

@@ -1,0 +1,288 @@
+"""A job in several processes, of one core each: nobody waits for Python's lock, and no small operation for a second
+core.
+
+    shards ─► Parts ─┬─► this process ──────────────────────────────────┬─► whole shards, in order ─► done
+                     ├─► a thread of this process ═ socket ═► a worker ─┤
+                     └─► …                                              ┘
+
+A worker is forked when all is built, packed and compiled, so that it has the models without a copy and is there in
+milliseconds; it ends with the job. It computes with one thread alone: a forked process must not use the threads that
+its parent had. Rows are the same whoever computes them. If a worker ends before its time, this process does its part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+import torch
+
+from mmpipe.errors import MmpipeError
+from mmpipe.parts import Part, Parts
+from mmpipe.runtime.ledger import Decoding, Outcome
+from mmpipe.runtime.shard import Answered
+from mmpipe.types import Prediction, Sample
+
+OWN_BYTES = 150_000_000  # that a worker takes for itself: what Python touches, and what malloc keeps
+_TELL_S = 0.1  # between two messages that rows have been answered
+_LOOK_S = 0.05
+_BEGIN_S = 20.0  # for a worker to ask for its first part
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Done = Callable[[Sequence[Sample], list[Prediction], Outcome], None]
+Run = Callable[[Iterable[Sequence[Sample]], Answered, Done], None]  # shards in, each told of in order
+
+
+def available() -> bool:
+    """Whether this system can fork a process that has loaded torch: macOS' own libraries can't be."""
+    return sys.platform == "linux" and hasattr(os, "fork")
+
+
+def run_side_by_side(parts: Parts, run: Run, answered: Answered, done: Done) -> None:
+    """Run all parts: `run` is called here and in `parts.workers - 1` forked processes. `answered` and `done` are called
+    here, on the caller's thread; `done` gets each shard, in order.
+
+    Raises what `run` raises, here or there. However it ends, the processes have ended.
+    """
+    workers: list[_Worker] = []
+    note = ""
+    try:
+        with _signals_blocked():  # else one could come when a process is there that nobody knows of
+            for number in range(1, parts.workers):
+                try:
+                    workers.append(_Worker(number, parts, run))
+                except OSError as error:
+                    note = f"{number} of {parts.workers} processes compute: no more can be started: {error}"
+                    break
+            for worker in workers:  # when all have been forked: none begins with a thread at work that it has not
+                worker.thread.start()
+        _own_part(parts, run, answered, _noting(done, lambda: [note, *(worker.note for worker in workers)]))
+    finally:
+        parts.close()
+        for worker in workers:
+            worker.end()
+
+
+def _own_part(parts: Parts, run: Run, answered: Answered, done: Done) -> None:
+    taken: deque[Part] = deque()
+
+    def mine() -> Iterator[Sequence[Sample]]:
+        while (part := parts.take()) is not None:
+            taken.append(part)
+            yield parts.samples(part)
+
+    def told() -> None:
+        for shard in parts.whole():
+            done(*shard)
+
+    def counted(count: int) -> None:
+        answered(count + parts.newly_answered())
+
+    def finished(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+        parts.put(taken.popleft(), predictions, outcome)
+        told()
+
+    while parts.wait(0.0):
+        run(mine(), counted, finished)
+        while parts.wait(_LOOK_S) and not parts.has_more():
+            counted(0)
+            told()
+        told()
+
+
+def _noting(done: Done, notes: Callable[[], Iterable[str]]) -> Done:
+    def noted(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+        outcome.notes += filter(None, notes())
+        done(samples, predictions, outcome)
+
+    return noted
+
+
+class _Worker:
+    """One forked process, and the thread of this one that talks to it. Raises OSError where none can be had."""
+
+    def __init__(self, number: int, parts: Parts, run: Run) -> None:
+        self.note = ""
+        self._parts, self._taken = parts, deque[Part]()
+        ours, theirs = socket.socketpair()
+        alive, ours_alive = os.pipe()  # read there: it ends when this process does
+        try:
+            self._pid = _fork()
+        except OSError:
+            ours.close()
+            os.close(ours_alive)
+            raise
+        else:
+            if not self._pid:
+                _work(number, theirs.fileno(), alive, parts, run)
+        finally:
+            theirs.close()
+            os.close(alive)
+        self._pipe, self._alive = Connection(ours.detach()), ours_alive
+        self.thread = threading.Thread(target=self._talk, name=f"mmpipe-worker-{number}", daemon=True)
+
+    def _talk(self) -> None:
+        try:
+            if not self._pipe.poll(_BEGIN_S):  # a lock that another thread of this process held when it was forked
+                os.kill(self._pid, signal.SIGKILL)
+            while True:
+                kind, value, count = _received(self._pipe)
+                if count:
+                    self._parts.answered(count)
+                if kind == "wants":
+                    _send(self._pipe, self._next())
+                elif kind == "did":
+                    self._parts.put(self._taken[0], *value)
+                    self._taken.popleft()
+                elif kind == "failed":
+                    self._parts.fail(self._taken[0] if self._taken else None, value)
+                    return
+                elif kind == "ends":
+                    return
+        except Exception as error:  # noqa: BLE001 - whatever it was, its parts are done by another
+            how = self._ended() if isinstance(error, (EOFError, OSError)) else f"was not understood: {error}"
+            self.note = f"a process that computed {how}: its samples were computed again by another"
+            self._parts.give_back(self._taken)
+
+    def _next(self) -> Part | None:
+        self._parts.wait_for_room(self._taken)
+        part = self._parts.take()
+        if part is not None:
+            self._taken.append(part)
+        return part
+
+    def _ended(self) -> str:
+        """How, when it has. It is left to `end` to forget it: until then nobody else gets its number."""
+        found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        code = found.si_status if found is not None else 0
+        killed = found is not None and found.si_code != os.CLD_EXITED
+        return f"crashed (signal {code})" if killed else f"ended (code {code})"
+
+    def end(self) -> None:
+        """Now, whatever it does."""
+        if self.thread.is_alive():
+            os.kill(self._pid, signal.SIGKILL)
+        self.thread.join()
+        os.waitpid(self._pid, 0)
+        self._pipe.close()
+        os.close(self._alive)
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    """As bytes: `Connection.send` would hand tensors over by files that end with the process."""
+    pipe.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+
+def _received(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python fears for locks that other threads hold: a worker takes none of theirs, and starts its own threads
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def _work(number: int, socket_fd: int, alive_fd: int, parts: Parts, run: Run) -> NoReturn:
+    """What a worker does: parts in, what came of them out, until there are no more."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all of a terminal's; the parent decides
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - another thread may have held their locks
+        gc.freeze()  # what was there is not looked through again, which would copy it
+        torch.set_num_threads(1)
+        _keep_only(socket_fd, alive_fd)
+        threading.Thread(target=_end_with_parent, args=(alive_fd,), daemon=True).start()
+        _Work(number, Connection(socket_fd), parts).do(run)
+    finally:
+        os._exit(0)  # nothing is left to do, and what the parent would tidy up is the parent's
+
+
+def _keep_only(*kept: int) -> None:
+    """Close all other files: a lock, or another worker's socket, would be open for as long as this process is."""
+    low = 3
+    for number in sorted(kept):
+        os.closerange(low, number)
+        low = number + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _end_with_parent(alive_fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.read(alive_fd, 1)
+    os._exit(1)
+
+
+class _Work:
+    """The worker's side: what its run asks for and tells of goes to the parent."""
+
+    def __init__(self, number: int, pipe: Connection, parts: Parts) -> None:
+        self._number, self._pipe, self._parts = number, pipe, parts
+        self._count, self._told = 0, time.monotonic()
+
+    def do(self, run: Run) -> None:
+        try:
+            run(self._wanted(), self._answered, self._did)
+        except BaseException as error:  # noqa: BLE001 - the parent raises it
+            self._send("failed", _sendable(error))
+        else:
+            self._send("ends")
+
+    def _wanted(self) -> Iterator[Sequence[Sample]]:
+        while True:
+            self._send("wants")
+            part = _received(self._pipe)
+            if part is None:
+                return
+            yield self._parts.samples(part)
+
+    def _answered(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._told >= _TELL_S:
+            self._send("answered")
+
+    def _did(self, samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+        # every process has a thread of that name
+        outcome.decodings = [
+            Decoding(one.branch, f"{self._number}/{one.worker}", one.start, one.end) for one in outcome.decodings
+        ]
+        self._send("did", (predictions, outcome))
+
+    def _send(self, kind: str, value: Any = None) -> None:
+        _send(self._pipe, (kind, value, self._count))
+        self._count, self._told = 0, time.monotonic()
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """As it is, where another process could make it again; else its text."""
+    with contextlib.suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return MmpipeError(f"{type(error).__name__}: {error}")

@@ -39,8 +39,8 @@ class _Shard:
 class Parts:
     """The parts of a job's shards, for several workers. From any thread; `whole` from one.
 
-    `bucket`: parts are so many rows or a multiple, but for a shard's end. Every worker gets a share of half of what is
-    left, so that large parts come first and all end at about the same time; `least`: no smaller ones than this.
+    `bucket`: parts are so many rows or a multiple, but for a shard's end. A part is a worker's share of what is left,
+    so that large parts come first and all end at about the same time; `least`: no smaller ones than this.
     """
 
     def __init__(self, shards: Sequence[Sequence[Sample]], workers: int, bucket: int, least: int) -> None:
@@ -146,7 +146,7 @@ class Parts:
 
     def _rows(self, rest: int) -> int:
         """Of the next part, where `rest` rows of its shard are left."""
-        share = math.ceil(self._left / (2 * self.workers))
+        share = math.ceil(self._left / self.workers)
         rows = max(self.least, math.ceil(share / self.bucket) * self.bucket)
         return rest if rest < rows + self.least else rows
 

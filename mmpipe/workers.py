@@ -24,6 +24,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ import torch
 
 from mmpipe.errors import MmpipeError
 from mmpipe.parts import Part, Parts
-from mmpipe.runtime.ledger import Decoding, Outcome
+from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Answered
 from mmpipe.types import Prediction, Sample
 
@@ -214,11 +215,11 @@ def _work(number: int, socket_fd: int, alive_fd: int, parts: Parts, run: Run) ->
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all of a terminal's; the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        _keep_only(socket_fd, alive_fd)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - another thread may have held their locks
         gc.freeze()  # what was there is not looked through again, which would copy it
         torch.set_num_threads(1)
-        _keep_only(socket_fd, alive_fd)
         threading.Thread(target=_end_with_parent, args=(alive_fd,), daemon=True).start()
         _Work(number, Connection(socket_fd), parts).do(run)
     finally:
@@ -230,7 +231,7 @@ def _keep_only(*kept: int) -> None:
     low = 3
     for number in sorted(kept):
         os.closerange(low, number)
-        low = number + 1
+        low = max(low, number + 1)
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
@@ -269,10 +270,9 @@ class _Work:
             self._send("answered")
 
     def _did(self, samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
-        # every process has a thread of that name
-        outcome.decodings = [
-            Decoding(one.branch, f"{self._number}/{one.worker}", one.start, one.end) for one in outcome.decodings
-        ]
+        # every process has threads and streams of these names
+        outcome.decodings = [replace(one, worker=f"{self._number}/{one.worker}") for one in outcome.decodings]
+        outcome.spans = [replace(span, stream=f"{self._number}/{span.stream}") for span in outcome.spans]
         self._send("did", (predictions, outcome))
 
     def _send(self, kind: str, value: Any = None) -> None:

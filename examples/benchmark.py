@@ -317,6 +317,7 @@ def mmpipe(models: Path, media: Path, items: Sequence[Path], overrides: Sequence
     samples = pipeline.find(media).samples[: len(items)]
     dims = {name: preparation.dim for name, preparation in pipeline.built.preparations.items()}
     ready = time.monotonic() + (_PROCESSES_START_S if pipeline.resolved.decoding == "processes" else 0.0)
+    pipeline.settle(samples)  # as a run over all of them: what only many win back is compiled, and processes start
     pipeline.predict(samples[:ROWS])
     while time.monotonic() < ready:
         pipeline.predict(samples[:ROWS])

@@ -55,14 +55,15 @@ def bench(
     found: dict[str, tuple[Measured, Pipeline]] = {}
     with ExitStack() as stack:
         first = stack.enter_context(Pipeline(load(source, overrides=[*overrides, _COMPUTED]), say=say))
+        samples = samples_made_up(first, made_up) if samples is None else samples
+        first.settle(samples)
         found[CONFIGURED] = Measured(CONFIGURED, _about(first)), first
         for name, changes in _variants(first):
             made = stack.enter_context(Pipeline(load(source, overrides=[*overrides, _COMPUTED, *changes])))
+            made.settle(samples)
             found[name] = Measured(name, _about(made)), made
-        samples = samples_made_up(first, made_up) if samples is None else samples
         for name, (_, pipeline) in found.items():
             say(f"warming up: {name}")
-            pipeline.runners.settle(samples, pipeline.limits)
             pipeline.predict(samples[: 4 * pipeline.resolved.batch_size])
         shuffled = random.Random(0)
         for number in range(rounds):
@@ -106,8 +107,8 @@ def _variants(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
         yield "exact decoding", ["input.decode=exact"]
     if len(pipeline.plan.branches) > 1 and resolved.schedule == "cascade":
         yield "branches side by side", ["runtime.schedule=parallel"]
-    if resolved.workers > 1:
-        yield "one process", ["runtime.workers=1"]
+    if resolved.processes > 1:
+        yield "one process", ["runtime.processes=1"]
     if resolved.batch_size > 1:
         yield "one row a bucket", ["runtime.batch_size=1"]
 
@@ -115,7 +116,7 @@ def _variants(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
 def _about(pipeline: Pipeline) -> str:
     resolved = pipeline.resolved
     lanes = f"{resolved.lanes} lanes of {resolved.threads} threads, {resolved.batch_size} rows a bucket"
-    processes = f"{resolved.workers} processes of " if resolved.workers > 1 else ""
+    processes = f"{resolved.processes} processes of " if resolved.processes > 1 else ""
     return f"{resolved.dtype}, {resolved.backend}, {resolved.schedule}, {processes}{lanes}"
 
 
@@ -131,7 +132,7 @@ def _round(measured: Measured, pipeline: Pipeline, samples: Sequence[Sample]) ->
     resolved = pipeline.resolved
     decode, compute = spent["decode"], sum(spent[segment.name] for segment in pipeline.plan.segments)
     measured.decode_core_seconds, measured.compute_seconds = decode, compute
-    cores = resolved.workers * resolved.decode_workers
+    cores = resolved.processes * resolved.decode_workers
     decoding = decode / cores
     if resolved.device == "cpu":
         side_by_side = max(1, cores // resolved.threads)  # segments that the cores can run at once

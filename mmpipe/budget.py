@@ -32,7 +32,7 @@ class Budget:
                 if step.does == "run":
                     inside = cost.workspace_bytes(self.made.modules[step.segment], stage_plan.rows)
                     streams[step.stream] = max(streams.get(step.stream, 0), inside)
-        count = resolved.workers
+        count = resolved.processes
         own = {} if count == 1 else {"processes": (count - 1) * OWN_BYTES}
         return {
             "weights": self.weights,  # forked processes have them without a copy

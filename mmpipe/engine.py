@@ -40,7 +40,8 @@ _TAKE_TURNS = 4  # cores; with more, decoding beside computing is felt less than
 
 @dataclass(frozen=True)
 class Wish:
-    """How samples are to be run. kind: by which of the pipeline's plans. exits False: the full pipeline.
+    """How samples are to be run. kind: by which of the pipeline's plans. exits False: the full pipeline. alone: in this
+    process.
 
     deliberate None: as configured where exits are on; the full pipeline looks once. cached False: all is computed,
     whatever is known. embeddings None: as configured.
@@ -51,6 +52,7 @@ class Wish:
     cached: bool = True
     deliberate: bool | None = None
     embeddings: bool | None = None
+    alone: bool = False
 
 
 class Engine:
@@ -81,16 +83,21 @@ class Engine:
                 self.runners.count(outcome)
             done(samples, predictions, outcome)
 
-        workers = self._workers(sum(map(len, shards)), wish)
-        if workers == 1:
+        rows = sum(map(len, shards))
+        most = self._processes(wish)
+        if most > 1:
+            executor = self.runners.executor(wish.kind, wish.exits)  # made before it is shared
+            bucket = executor.plan.stage_plans[0].rows
+            several = _LEAST_BUCKETS if executor.plan.stages > 1 and wish.exits else 1
+            least = bucket * max(1, min(several, rows // (most * bucket)))
+            most = min(most, math.ceil(rows / least))
+        if most <= 1:
             run(shards, answered, counted)
             return
-        executor = self.runners.executor(wish.kind, wish.exits)  # made before it is shared
-        bucket = executor.plan.stage_plans[0].rows
-        least = (_LEAST_BUCKETS if executor.plan.stages > 1 and wish.exits else 1) * bucket
-        parts = Parts(shards, workers, bucket, least)
+        if wish.cached:
+            self.recalling.of(wish.kind, executor)  # hashes the weights, once for all
         cache.let_go()
-        run_side_by_side(parts, run, answered, counted)
+        run_side_by_side(Parts(shards, most, bucket, least), run, answered, counted)
 
     def close(self) -> None:
         """Give back executors and the cache; they are made again when they are needed."""
@@ -106,13 +113,12 @@ class Engine:
             self._decoders = Decoders(self.built.preparations, self.limits, resolved.decode_workers)
         return self._decoders
 
-    def _workers(self, rows: int, wish: Wish) -> int:
-        """How many processes so many rows are run in: each needs a bucket, and an observer sees this one alone."""
-        resolved = self.runners.resolved(wish.kind)
+    def _processes(self, wish: Wish) -> int:
+        """How many a run may have: an observer sees this one alone."""
         elsewhere = threading.current_thread() is not threading.main_thread()
-        if resolved.workers == 1 or elsewhere or self.runners.observers.any():
+        if wish.alone or elsewhere or self.runners.observers.any():
             return 1
-        return max(1, min(resolved.workers, math.ceil(rows / resolved.batch_size)))
+        return self.runners.resolved(wish.kind).processes
 
     def _run_here(self, shards: Iterable[Sequence[Sample]], wish: Wish, answered: Answered, done: Done) -> None:
         """In this process alone."""
@@ -197,9 +203,12 @@ class Engine:
         alone = wish.kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile
         workers = resolved.decode_workers
-        room = media.Room(max(1, decoding_bytes(resolved.memory_limit) // resolved.workers))
+        room = media.Room(max(1, decoding_bytes(resolved.memory_limit) // resolved.processes))
         several = media.Ahead(
-            workers, items_ahead=2 * rows, beside=_beside(resolved, workers), computing=executor.at_work
+            workers,
+            items_ahead=2 * rows,
+            beside=_beside(resolved, workers),
+            computing=executor.at_work,
         )
         with media.Here() if alone else several as ahead:
             try:
@@ -214,5 +223,5 @@ def _beside(resolved: Resolved, workers: int) -> int:
     of the segment, and all its others with it (with two cores 7% of a folder's time). Where a GPU computes, all."""
     if resolved.device != "cpu":
         return workers
-    fills = resolved.workers > 1 or (resolved.streams == "caller" and resolved.threads > 1 and workers <= _TAKE_TURNS)
+    fills = resolved.processes > 1 or (resolved.streams == "caller" and resolved.threads > 1 and workers <= _TAKE_TURNS)
     return 0 if fills else max(1, workers // 2)

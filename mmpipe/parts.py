@@ -58,15 +58,16 @@ class Parts:
         return self.shards[part.shard][part.start : part.stop]
 
     def take(self) -> Part | None:
-        """The next to compute; None: there is none left."""
+        """The next to compute; None: there is none left, or what comes next will not be told of."""
         with self._changed:
             if self._closed:
                 return None
+            last = min(self._failed(), default=len(self.shards))
             if self._again:
                 return self._again.popleft()
             while self._shard < len(self.shards) and self._row == len(self.shards[self._shard]):
                 self._shard, self._row = self._shard + 1, 0
-            if self._shard == len(self.shards):
+            if self._shard >= min(last + 1, len(self.shards)):
                 return None
             stop = self._row + self._rows(len(self.shards[self._shard]) - self._row)
             part, self._row = Part(self._shard, self._row, stop), stop
@@ -86,12 +87,14 @@ class Parts:
             self._open[part.shard].found[part.start] = predictions, outcome
             self._changed.notify_all()
 
-    def fail(self, part: Part | None, error: BaseException) -> None:
-        """A part can't be computed (None: the next shard): `whole` raises the error in its shard's place."""
+    def fail(self, parts: Sequence[Part], error: BaseException) -> None:
+        """Who had these parts (the oldest first) could not go on: `whole` raises the error in the place of the first
+        one's shard, or of the next to be told of; somebody else does the others."""
         with self._changed:
-            shard = self._open.get(self._told if part is None else part.shard)
+            shard = self._open.get(parts[0].shard if parts else self._told)
             if shard is not None:
                 shard.error = error
+            self._again.extend(list(parts)[1:])
             self._changed.notify_all()
 
     def give_back(self, parts: Sequence[Part]) -> None:

@@ -46,6 +46,7 @@ from mmpipe.types import MODALITIES, Prediction, Sample
 from mmpipe.workers import Done
 
 _NOT_TOLD = ("reasons", "more_from")  # of what every `auto` became, in run.json
+_SHARDS_A_TURN = 16  # of a list, in which nobody else uses the pipeline
 _STREAM_BUCKETS = 4  # buckets that `stream` takes at a time: enough to fill the later stages' buckets
 
 
@@ -169,8 +170,7 @@ class Pipeline:
         found = [self._sample(sample, number) for number, sample in enumerate(samples)]
         answers: list[Prediction] = []
         if found:
-            self.settle(found)
-            self.run_shards(self._shards(found), lambda samples, predictions, outcome: answers.extend(predictions))
+            self._run_list(found, lambda samples, predictions, outcome: answers.extend(predictions))
         return answers
 
     def stream(self, samples: Iterable[Sample | Mapping[str, Any]]) -> Iterator[Prediction]:
@@ -195,8 +195,7 @@ class Pipeline:
                     rows[row] = prediction.embedding
 
         if found:
-            self.settle(found)
-            self.run_shards(self._shards(found), keep, exits=False, embeddings=True)
+            self._run_list(found, keep, exits=False, embeddings=True)
         return rows
 
     def run_folder(
@@ -312,21 +311,30 @@ class Pipeline:
         exits: bool = True,
         embeddings: bool | None = None,
         deliberate: bool | None = None,
+        alone: bool = False,
         answered: Answered = lambda count: None,
     ) -> None:
         """As `run` for one shard after the other, but the next one begins before the last has ended, and several
-        processes may share them. `done` gets each (samples, predictions, outcome) when it has been answered, in order;
-        it must not use the pipeline."""
-        wish = Wish(exits=exits, deliberate=deliberate, embeddings=embeddings)
+        processes may share them (not if `alone`). `done` gets each (samples, predictions, outcome) when it has been
+        answered, in order; it must not use the pipeline."""
+        wish = Wish(exits=exits, deliberate=deliberate, embeddings=embeddings, alone=alone)
         with self._lock:
             for shard in shards[:1]:
                 self.runners.prove("batch", shard, self._limits)
                 self._still_calibrated()
             self._engine.run_shards(shards, wish, done, answered)
 
-    def _shards(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+    def _run_list(
+        self, samples: Sequence[Sample], done: Done, *, exits: bool = True, embeddings: bool | None = None
+    ) -> None:
+        """Some shards at a time, so that other threads come to their turn too."""
+        self.settle(samples)
         size = self.config.output.shard_rows
-        return [samples[start : start + size] for start in range(0, len(samples), size)]
+        alone = any(_is_open(medium) for sample in samples for medium in sample.media.values())
+        for first in range(0, len(samples), _SHARDS_A_TURN * size):
+            last = min(len(samples), first + _SHARDS_A_TURN * size)
+            shards = [samples[start : min(last, start + size)] for start in range(first, last, size)]
+            self.run_shards(shards, done, exits=exits, embeddings=embeddings, alone=alone)
 
     def _sample(self, given: Sample | Mapping[str, Any], number: int) -> Sample:
         if isinstance(given, Sample):
@@ -356,3 +364,8 @@ class Pipeline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _is_open(medium: Any) -> bool:
+    """Whether it is read from a file that is open: two processes would move one position in it."""
+    return hasattr(medium, "read") or getattr(medium, "fp", None) is not None  # PIL opens now, and reads later

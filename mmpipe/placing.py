@@ -40,7 +40,7 @@ _SHARE = 0.8  # of the memory that is available
 
 _EXACT = "pictures as the model's reference prepares them, to the bit; input.decode: fast comes close in less time"
 _CORES_FOR_PROCESSES, _ROWS_FOR_PROCESSES = 6, 2_000
-_BUCKETS_A_WORKER = 4  # from so many on the last ones of each stage, which are not full, weigh little
+_BUCKETS_A_PROCESS = 4  # from so many on the last ones of each stage, which are not full, weigh little
 _ONE_INSTEAD = "auto uses one process where several can't be had"
 _WORTH = 0.05  # the share of a job that measuring before it may take
 
@@ -140,7 +140,7 @@ def resolve(
         lanes=_LANES,
         slots=0,
         threads=computing,
-        workers=1,
+        processes=1,
         decode=config.input.decode,
         decode_workers=cores,
         decoding=decided("decoding", *_decoding(cores, available_bytes(), rows, single=kind == "call")),
@@ -171,25 +171,26 @@ def resolve(
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
         ways = _for_calls(base, made, runtime.schedule, small, computing)
         return _fastest([lowered(way) for way in fitting(ways, shrink=False, batches=False)], measure)
-    count, reasons["workers"] = _workers(config, device, cores, rows, base.batch_size, alone)
+    count, reasons["processes"] = _processes(config, device, cores, rows, base.batch_size, alone)
     shrink = runtime.batch_size == "auto"
     ways = fitting(_for_batches(base, made, runtime.schedule, small, computing), shrink=shrink, batches=True)
     ways = [lowered(way) for way in ways]  # the first is what the rule says
     if count > 1:
-        compiled = {choice.backend for choice in ways[0].segments.values()} - {*OPERATION_BY_OPERATION}
         why = f"{count} processes do not fit runtime.memory_limit ({shown(base.memory_limit)})"
-        if compiled:
-            why = f"{' and '.join(sorted(compiled))} has threads of its own, which a forked process would not have"
-        else:
+        compiled = _compiled(ways[0])
+        if not compiled:
             copies = 0 if lowering is None else lowering.copied_bytes(made)
             asked = _in_processes(base, count, runtime.schedule)
             with contextlib.suppress(ConfigError):
-                way = Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True)
-                if way.slots >= min(config.output.shard_rows, _BUCKETS_A_WORKER * way.batch_size):
-                    return lowered(way)
-        if runtime.workers != "auto":
-            raise config.error("runtime.workers", why, _ONE_INSTEAD)
-        ways = [replace(way, reasons={**way.reasons, "workers": why}) for way in ways]
+                way = lowered(Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True))
+                compiled = _compiled(way)
+                if not compiled and way.slots >= min(config.output.shard_rows, _BUCKETS_A_PROCESS * way.batch_size):
+                    return way
+        if compiled:
+            why = f"{' and '.join(sorted(compiled))} has threads of its own, which a forked process would not have"
+        if runtime.processes != "auto":
+            raise config.error("runtime.processes", why, _ONE_INSTEAD)
+        ways = [replace(way, reasons={**way.reasons, "processes": why}) for way in ways]
     if measure is None or not _worth_measuring(ways, rows):
         return ways[0]
     return _fastest(ways, measure)
@@ -249,10 +250,10 @@ def _for_calls(base: Resolved, made: Cut, schedule: str, small: bool, cores: int
     return ways
 
 
-def _workers(config: Config, device: Device, cores: int, rows: int, bucket: int, alone: str) -> tuple[int, str]:
+def _processes(config: Config, device: Device, cores: int, rows: int, bucket: int, alone: str) -> tuple[int, str]:
     """(processes that a job is done in, why): one for each core, or one. Raises ConfigError where more are configured
     than can be."""
-    asked, least = config.runtime.workers, cores * _BUCKETS_A_WORKER * bucket
+    asked, least = config.runtime.processes, cores * _BUCKETS_A_PROCESS * bucket
     never = ""
     if device.kind != "cpu":
         never = "a GPU computes"
@@ -263,7 +264,7 @@ def _workers(config: Config, device: Device, cores: int, rows: int, bucket: int,
     elif config.runtime.decoding == "processes":
         never = "runtime.decoding: processes is for one process that computes"
     if asked != "auto" and asked > 1 and never:
-        raise config.error("runtime.workers", never, _ONE_INSTEAD)
+        raise config.error("runtime.processes", never, _ONE_INSTEAD)
     if asked == 1 or never or alone:
         return 1, "configured" if asked == 1 else never or alone
     if asked != "auto":
@@ -272,10 +273,14 @@ def _workers(config: Config, device: Device, cores: int, rows: int, bucket: int,
     if cores == 1:
         return 1, "one core"
     if own:
-        return 1, f"{own[0]}: what your own prepare() holds may not be for several; runtime.workers: {cores} if it is"
+        return 1, f"{own[0]}: what your own prepare() holds may not be for several; runtime.processes: {cores} if it is"
     if rows < least:
         return 1, f"{rows:,} samples: from {least:,} on each of {cores} cores has enough full buckets"
     return cores, f"one for each of {cores} cores: none waits for Python's lock, or for another core's part"
+
+
+def _compiled(way: Resolved) -> set[str]:
+    return {choice.backend for choice in way.segments.values()} - {*OPERATION_BY_OPERATION}
 
 
 def _in_processes(base: Resolved, count: int, schedule: str) -> Resolved:
@@ -294,7 +299,7 @@ def _in_processes(base: Resolved, count: int, schedule: str) -> Resolved:
         streams="caller",
         lanes=1,
         threads=1,
-        workers=count,
+        processes=count,
         decode_workers=1,
         decoding="threads",
         reasons=reasons,

@@ -37,7 +37,7 @@ class Resolved:
     lanes: int
     slots: int
     threads: int  # of each stream that computes
-    workers: int  # processes that do all of this side by side, each over parts of a job
+    processes: int  # processes that do all of this side by side, each over parts of a job
     decode: str  # pictures: exact or fast
     decode_workers: int  # of each process
     decoding: str  # on threads, or handed on by them to processes

@@ -164,7 +164,7 @@ class Runners:
         placed_modules = {name: self.device.place(module) for name, module in made.modules.items()}
         plain = {s.name: lower("eager", s, placed_modules[s.name], Target(rows)) for s in made.plan.segments}
         lowered = {s.name: self.lowering.lower(made.plan, s, made.modules[s.name], way) for s in made.plan.segments}
-        with threads_of(way.threads * way.workers):
+        with threads_of(way.threads * way.processes):
             return compare(made.plan, plain, lowered, rows, real, self._gate(False), self.device.held)
 
     def _forget_decision(self, kind: Kind) -> None:

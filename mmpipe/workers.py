@@ -26,11 +26,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from mmpipe.errors import MmpipeError
+from mmpipe.errors import Interrupted, MmpipeError
 from mmpipe.parts import Part, Parts
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Answered
@@ -39,7 +40,7 @@ from mmpipe.types import Prediction, Sample
 OWN_BYTES = 150_000_000  # that a worker takes for itself: what Python touches, and what malloc keeps
 _TELL_S = 0.1  # between two messages that rows have been answered
 _LOOK_S = 0.05
-_BEGIN_S = 20.0  # for a worker to ask for its first part
+_SILENT_S = 20.0  # without a message, and as long without computing
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Done = Callable[[Sequence[Sample], list[Prediction], Outcome], None]
@@ -60,15 +61,14 @@ def run_side_by_side(parts: Parts, run: Run, answered: Answered, done: Done) -> 
     workers: list[_Worker] = []
     note = ""
     try:
-        with _signals_blocked():  # else one could come when a process is there that nobody knows of
-            for number in range(1, parts.workers):
-                try:
+        with _signals_held():  # else one could come when a process is there that nobody knows of
+            try:
+                for number in range(1, parts.workers):
                     workers.append(_Worker(number, parts, run))
-                except OSError as error:
-                    note = f"{number} of {parts.workers} processes compute: no more can be started: {error}"
-                    break
-            for worker in workers:  # when all have been forked: none begins with a thread at work that it has not
-                worker.thread.start()
+                for worker in workers:  # when all have been forked: none begins with a thread at work that it has not
+                    worker.thread.start()
+            except (OSError, RuntimeError) as error:  # no process, or no thread
+                note = f"fewer than {parts.workers} processes compute: no more can be started: {error}"
         _own_part(parts, run, answered, _noting(done, lambda: [note, *(worker.note for worker in workers)]))
     finally:
         parts.close()
@@ -78,6 +78,7 @@ def run_side_by_side(parts: Parts, run: Run, answered: Answered, done: Done) -> 
 
 def _own_part(parts: Parts, run: Run, answered: Answered, done: Done) -> None:
     taken: deque[Part] = deque()
+    ending: list[BaseException] = []  # what ends all, as opposed to what ends one part
 
     def mine() -> Iterator[Sequence[Sample]]:
         while (part := parts.take()) is not None:
@@ -85,22 +86,36 @@ def _own_part(parts: Parts, run: Run, answered: Answered, done: Done) -> None:
             yield parts.samples(part)
 
     def told() -> None:
-        for shard in parts.whole():
-            done(*shard)
+        try:
+            with torch.inference_mode(False):  # in the middle of a run too
+                for shard in parts.whole():
+                    done(*shard)
+        except BaseException as error:
+            ending.append(error)
+            raise
 
     def counted(count: int) -> None:
         answered(count + parts.newly_answered())
+        told()
 
     def finished(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
         parts.put(taken.popleft(), predictions, outcome)
         told()
 
     while parts.wait(0.0):
-        run(mine(), counted, finished)
+        try:
+            run(mine(), counted, finished)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if ending:
+                raise
+            parts.fail(taken, error)  # raised when what comes before it has been told of
+            taken.clear()
         while parts.wait(_LOOK_S) and not parts.has_more():
             counted(0)
-            told()
         told()
+    counted(0)
 
 
 def _noting(done: Done, notes: Callable[[], Iterable[str]]) -> Done:
@@ -115,7 +130,7 @@ class _Worker:
     """One forked process, and the thread of this one that talks to it. Raises OSError where none can be had."""
 
     def __init__(self, number: int, parts: Parts, run: Run) -> None:
-        self.note = ""
+        self.note, self._answered = "", 0
         self._parts, self._taken = parts, deque[Part]()
         ours, theirs = socket.socketpair()
         alive, ours_alive = os.pipe()  # read there: it ends when this process does
@@ -136,26 +151,37 @@ class _Worker:
 
     def _talk(self) -> None:
         try:
-            if not self._pipe.poll(_BEGIN_S):  # a lock that another thread of this process held when it was forked
-                os.kill(self._pid, signal.SIGKILL)
             while True:
-                kind, value, count = _received(self._pipe)
-                if count:
-                    self._parts.answered(count)
+                kind, value, count = self._heard()
+                self._answered += count
+                self._parts.answered(count)
                 if kind == "wants":
                     _send(self._pipe, self._next())
                 elif kind == "did":
                     self._parts.put(self._taken[0], *value)
                     self._taken.popleft()
+                    self._answered = 0  # of what it is at; about
                 elif kind == "failed":
-                    self._parts.fail(self._taken[0] if self._taken else None, value)
+                    self._parts.fail(self._taken, value)
                     return
                 elif kind == "ends":
                     return
         except Exception as error:  # noqa: BLE001 - whatever it was, its parts are done by another
             how = self._ended() if isinstance(error, (EOFError, OSError)) else f"was not understood: {error}"
             self.note = f"a process that computed {how}: its samples were computed again by another"
+            self._parts.answered(-self._answered)
             self._parts.give_back(self._taken)
+
+    def _heard(self) -> Any:
+        """The next message. A process that neither tells anything nor computes is ended: it waits for a lock that
+        another thread held when it was forked."""
+        spent = -1.0
+        while not self._pipe.poll(_SILENT_S):
+            before, spent = spent, _cpu_seconds(self._pid)
+            if spent == before:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
+        return _received(self._pipe)
 
     def _next(self) -> Part | None:
         self._parts.wait_for_room(self._taken)
@@ -166,19 +192,26 @@ class _Worker:
 
     def _ended(self) -> str:
         """How, when it has. It is left to `end` to forget it: until then nobody else gets its number."""
-        found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
-        code = found.si_status if found is not None else 0
-        killed = found is not None and found.si_code != os.CLD_EXITED
-        return f"crashed (signal {code})" if killed else f"ended (code {code})"
+        try:
+            found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:  # where this process ignores its children's ends, nobody knows
+            found = None
+        if found is None:
+            return "ended"
+        killed = found.si_code != os.CLD_EXITED
+        return f"crashed (signal {found.si_status})" if killed else f"ended (code {found.si_status})"
 
     def end(self) -> None:
         """Now, whatever it does."""
-        if self.thread.is_alive():
-            os.kill(self._pid, signal.SIGKILL)
-        self.thread.join()
-        os.waitpid(self._pid, 0)
+        if self.thread.ident is None or self.thread.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+        if self.thread.ident is not None:
+            self.thread.join()
         self._pipe.close()
-        os.close(self._alive)
+        os.close(self._alive)  # it ends, if it has not
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
 
 
 def _send(pipe: Connection, value: Any) -> None:
@@ -191,12 +224,26 @@ def _received(pipe: Connection) -> Any:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come afterwards. To block them would not do: Python's handlers run here whoever they reach."""
+    came: list[int] = []
+    before = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    for kind in before:
+        signal.signal(kind, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+def _cpu_seconds(pid: int) -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        told = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _fork() -> int:
@@ -214,7 +261,6 @@ def _work(number: int, socket_fd: int, alive_fd: int, parts: Parts, run: Run) ->
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all of a terminal's; the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _keep_only(socket_fd, alive_fd)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - another thread may have held their locks
@@ -227,12 +273,15 @@ def _work(number: int, socket_fd: int, alive_fd: int, parts: Parts, run: Run) ->
 
 
 def _keep_only(*kept: int) -> None:
-    """Close all other files: a lock, or another worker's socket, would be open for as long as this process is."""
-    low = 3
-    for number in sorted(kept):
-        os.closerange(low, number)
-        low = max(low, number + 1)
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+    """Let go of all other files: a lock, or another worker's socket, would be open for as long as this process is.
+    Their numbers stay taken: objects that know them must not come to write into what is opened here."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        if number > 2 and number != nowhere and number not in kept:
+            with contextlib.suppress(OSError):  # what listed them is gone
+                os.fstat(number)
+                os.dup2(nowhere, number)
 
 
 def _end_with_parent(alive_fd: int) -> None:

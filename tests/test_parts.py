@@ -85,13 +85,26 @@ def test_what_ends_a_part_is_raised_when_the_shards_before_it_have_been_told_of(
     parts = Parts(shards_of(16, 16, 16), 2, bucket=16, least=16)
     first, second, third = parts.take(), parts.take(), parts.take()
     put(parts, third)
-    parts.fail(second, ValueError("of the second"))
+    parts.fail([second], ValueError("of the second"))
     assert told(parts) == []
     put(parts, first)
     whole = parts.whole()
     assert len(next(whole)[1]) == 16
     with pytest.raises(ValueError, match="of the second"):
         next(whole)
+
+
+def test_what_was_begun_after_a_part_that_failed_is_done_by_another_and_nothing_new_is_begun():
+    parts = Parts(shards_of(16, 16, 16, 16), 2, bucket=16, least=16)
+    first, second, third = parts.take(), parts.take(), parts.take()
+    parts.fail([second, first], ValueError("of the second"))
+    assert parts.take() == first
+    assert parts.take() is None
+    put(parts, first)
+    assert len(next(parts.whole())[1]) == 16
+    put(parts, third)
+    with pytest.raises(ValueError, match="of the second"):
+        list(parts.whole())
 
 
 def test_who_is_far_ahead_waits_unless_the_oldest_is_its_own():

@@ -110,7 +110,7 @@ def test_the_time_to_an_answer_counts_where_samples_leave():
 
 def test_short_jobs_wait_for_no_measurement(pipeline, weights, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    config, cut, asked = configured(weights, workers=1), pipeline.runners.cut, []
+    config, cut, asked = configured(weights, processes=1), pipeline.runners.cut, []
     small = resolve(config, cut, HostDevice(), measure=timed(asked), rows=5000)
     assert (small.schedule, small.streams, small.lanes, small.threads) == ("cascade", "lanes", 3, 1)
     monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 10)
@@ -121,14 +121,14 @@ def test_short_jobs_wait_for_no_measurement(pipeline, weights, monkeypatch):
 
 def test_a_long_job_takes_what_was_measured_to_be_fastest(pipeline, weights, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(20)), raising=False)
-    config, cut, host, asked = configured(weights, workers=1), pipeline.runners.cut, HostDevice(), []
+    config, cut, host, asked = configured(weights, processes=1), pipeline.runners.cut, HostDevice(), []
     measure = timed(asked, cascade=0.3, cascade_2=0.1, parallel=0.2)
     chosen = resolve(config, cut, host, measure=measure, rows=200_000)
     assert (chosen.schedule, chosen.streams, chosen.lanes, chosen.threads) == ("cascade", "lanes", 8, 2)
     assert asked == [("cascade", 1, 32), ("cascade", 20, 32), ("cascade", 2, 32), ("parallel", 1, 32)]
     assert "cascade, lanes, 8 x 2 threads: 100.0 ms" in chosen.reasons["threads"]
     configured_so = resolve(
-        configured(weights, schedule="cascade", workers=1), cut, host, measure=measure, rows=200_000
+        configured(weights, schedule="cascade", processes=1), cut, host, measure=measure, rows=200_000
     )
     assert (configured_so.threads, configured_so.reasons["schedule"]) == (2, "configured")
 
@@ -137,16 +137,16 @@ def test_a_job_of_many_samples_has_a_process_for_each_core(pipeline, weights, mo
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
     cut, asked = pipeline.runners.cut, []
     many = resolve(configured(weights), cut, HostDevice(), measure=timed(asked), rows=512)
-    assert (many.workers, many.streams, many.lanes, many.threads, many.decode_workers) == (4, "caller", 1, 1, 1)
-    assert many.reasons["workers"].startswith("one for each of 4 cores")
+    assert (many.processes, many.streams, many.lanes, many.threads, many.decode_workers) == (4, "caller", 1, 1, 1)
+    assert many.reasons["processes"].startswith("one for each of 4 cores")
     assert asked == []
     one = resolve(configured(weights), cut, HostDevice(), rows=511)
-    assert (one.workers, one.reasons["workers"][:11]) == (1, "511 samples")
+    assert (one.processes, one.reasons["processes"][:11]) == (1, "511 samples")
     assert sum(many.memory.values()) - sum(one.memory.values()) > 0
     assert many.memory["slots"] == 4 * many.slots * one.memory["slots"] // one.slots
-    assert resolve(configured(weights), cut, HostDevice(), "call", rows=512).workers == 1
-    few = resolve(configured(weights, workers=3), cut, HostDevice(), rows=1)
-    assert (few.workers, few.threads, few.reasons["workers"]) == (3, 1, "configured")
+    assert resolve(configured(weights), cut, HostDevice(), "call", rows=512).processes == 1
+    few = resolve(configured(weights, processes=3), cut, HostDevice(), rows=1)
+    assert (few.processes, few.threads, few.reasons["processes"]) == (3, 1, "configured")
 
 
 def test_why_a_job_has_one_process(pipeline, weights, monkeypatch):
@@ -155,18 +155,18 @@ def test_why_a_job_has_one_process(pipeline, weights, monkeypatch):
 
     def why(config, **more):
         found = resolve(config, cut, HostDevice(), rows=10_000, **more)
-        assert found.workers == 1
-        return found.reasons["workers"]
+        assert found.processes == 1
+        return found.reasons["processes"]
 
     assert why(configured(weights), alone="somebody looks") == "somebody looks"
     assert why(configured(weights, schedule="parallel")).startswith("runtime.schedule: parallel")
     assert why(configured(weights, decoding="processes")).startswith("runtime.decoding: processes")
-    assert why(configured(weights, workers=1)) == "configured"
-    least = sum(resolve(configured(weights, workers=1), cut, HostDevice(), rows=10_000).memory.values()) // 2
+    assert why(configured(weights, processes=1)) == "configured"
+    least = sum(resolve(configured(weights, processes=1), cut, HostDevice(), rows=10_000).memory.values()) // 2
     small = configured(weights, memory_limit=f"{least}B")
     assert why(small).startswith("4 processes do not fit runtime.memory_limit")
     with pytest.raises(ConfigError, match="4 processes do not fit"):
-        resolve(configured(weights, memory_limit=f"{least}B", workers=4), cut, HostDevice())
+        resolve(configured(weights, memory_limit=f"{least}B", processes=4), cut, HostDevice())
     monkeypatch.setattr("mmpipe.placing.parse_model", lambda model: type("Own", (), {"kind": placing.OWN}))
     assert why(configured(weights)).startswith("image: what your own prepare() holds")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
@@ -178,11 +178,11 @@ def test_a_compiler_s_own_threads_are_not_forked(pipeline, weights, monkeypatch)
     compiled = configured(weights, backend="inductor")
     lowering = Lowering(compiled, HostDevice(), Tuned())
     found = resolve(compiled, pipeline.runners.cut, HostDevice(), lowering=lowering, rows=10_000)
-    assert (found.workers, found.backend) == (1, "inductor")
-    assert found.reasons["workers"].startswith("inductor has threads of its own")
+    assert (found.processes, found.backend) == (1, "inductor")
+    assert found.reasons["processes"].startswith("inductor has threads of its own")
     with pytest.raises(ConfigError, match="inductor has threads of its own"):
         resolve(
-            configured(weights, backend="inductor", workers=2), pipeline.runners.cut, HostDevice(), lowering=lowering
+            configured(weights, backend="inductor", processes=2), pipeline.runners.cut, HostDevice(), lowering=lowering
         )
 
 

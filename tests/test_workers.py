@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from support import shop, words
 
 from mmpipe import Interrupted, MmpipeError, Pipeline, Sample
@@ -40,8 +42,6 @@ class Words(word_parts.Words):
         if told == "forked" and os.getpid() != self.first:
             if what == "killed":
                 os.kill(os.getpid(), 9)
-            if what == "out of memory":
-                raise MemoryError
             if what == "long":
                 time.sleep(100)
         return super().prepare(what if told == "forked" else media)
@@ -54,7 +54,7 @@ def own(folder, *, workers=2, **options):
     (folder / "forked_parts.py").write_text(_PARTS, encoding="utf-8")
     made = json.loads(path.read_text(encoding="utf-8"))
     made["encoders"]["text"]["model"] = "forked_parts:Words"
-    made["runtime"]["workers"] = workers
+    made["runtime"]["processes"] = workers
     path.write_text(json.dumps(made), encoding="utf-8")
     return path
 
@@ -97,7 +97,7 @@ def media(tmp_path_factory):
 
 def shop_of(weights, workers, *, exits=shop.EXITS, **fusion):
     made = shop.config(weights, exits, output={"shard_rows": 40, "probabilities": True, "embeddings": True})
-    made["runtime"]["workers"] = workers
+    made["runtime"]["processes"] = workers
     made["fusion"] |= fusion
     return made
 
@@ -107,7 +107,7 @@ def test_rows_are_the_same_whatever_the_number_of_processes(weights, media, tmp_
     found, runs = [], []
     for count in (2, 3):
         with Pipeline.load(shop_of(weights, count, **fusion)) as pipeline:
-            assert (pipeline.resolved.workers, pipeline.resolved.threads) == (count, 1)
+            assert (pipeline.resolved.processes, pipeline.resolved.threads) == (count, 1)
             runs.append(pipeline.run_folder(media, tmp_path / f"{count}").run)
             found.append(rows(tmp_path / f"{count}"))
     with Pipeline.load(shop_of(weights, 1, **fusion)) as pipeline:
@@ -180,6 +180,47 @@ def test_every_process_but_this_one_may_be_killed(tmp_path):
     assert any("crashed (signal 9): its samples were computed again by another" in note for note in run["notes"])
 
 
+def test_who_ignores_the_ends_of_its_processes_loses_no_row_either(tmp_path):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Pipeline.load(own(tmp_path / "several")) as pipeline:
+            answers = pipeline.predict(samples_of(["forked: killed"] * 100))
+            assert len(pipeline.predict(samples_of(["item"] * 100))) == 100
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert {answer.status for answer in answers} == {"ok"}
+
+
+def test_a_process_that_never_begins_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmpipe.workers._SILENT_S", 0.2)
+    monkeypatch.setattr("mmpipe.workers._keep_only", lambda *files: time.sleep(60))
+    with Pipeline.load(own(tmp_path / "several")) as pipeline:
+        began = time.monotonic()
+        assert len(pipeline.predict(samples_of([f"item {number}" for number in range(100)]))) == 100
+        assert time.monotonic() - began < 30
+
+
+def test_pictures_that_are_open_are_read_in_one_process(weights, tmp_path):
+    folder = shop.media(tmp_path / "media", 100)
+    with Pipeline.load(shop_of(weights, 2)) as pipeline:
+        files = [sample.media["image"] for sample in pipeline.find(folder).samples if "image" in sample.media]
+        want = pipeline.predict([{"image": file} for file in files])
+        found = pipeline.predict([{"image": Image.open(file)} for file in files])
+    assert [answer.status for answer in found] == ["ok"] * len(files)
+    assert [answer.label for answer in found] == [answer.label for answer in want]
+
+
+def test_a_lock_of_the_parent_s_outlives_its_processes(tmp_path):
+    folder = texts_in(tmp_path / "media", [f"item {number}" for number in range(100)])
+    lock = open(tmp_path / "lock", "w")  # noqa: SIM115 - held while the job runs
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with Pipeline.load(own(tmp_path / "several")) as pipeline:
+        assert pipeline.run_folder(folder, tmp_path / "out").run["rows"] == 100
+    with open(tmp_path / "lock", "w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.close()
+
+
 def test_no_process_to_be_had_is_no_end(tmp_path, monkeypatch):
     def refused():
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -189,7 +230,7 @@ def test_no_process_to_be_had_is_no_end(tmp_path, monkeypatch):
     with Pipeline.load(own(tmp_path / "several")) as pipeline:
         run = pipeline.run_folder(folder, tmp_path / "out").run
     assert run["rows"] == 100
-    assert any("1 of 2 processes compute: no more can be started" in note for note in run["notes"])
+    assert any("fewer than 2 processes compute: no more can be started" in note for note in run["notes"])
 
 
 def test_what_fails_in_a_process_ends_the_job_with_its_reason_after_whole_shards(tmp_path):
@@ -289,7 +330,7 @@ def test_another_thread_of_the_caller_s_forks_nothing(weights, media, monkeypatc
         thread.start()
         thread.join()
         assert len(answers) == 100
-        assert "thread that is not the main one" in pipeline.resolved.reasons["workers"]
+        assert "thread that is not the main one" in pipeline.resolved.reasons["processes"]
 
 
 @pytest.mark.parametrize(

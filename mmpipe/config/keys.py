@@ -25,12 +25,12 @@ from mmpipe.config.source import Document, Problem, Source, apply_override, expa
 from mmpipe.config.values import (
     BatchSize,
     ModelId,
+    Processes,
     Share,
     Size,
     SizeOrAuto,
     Text,
     Texts,
-    Workers,
     checked,
     listed,
     nearest,
@@ -122,7 +122,7 @@ class AuditConfig(_Keys):
     on_drift: Literal["warn", "disable"] = Field(
         default="warn",
         description="When the exits surely disagree more often than the calibration promised: say so, or also stop "
-        "using them from the next shard on.",
+        "using them from the next look on.",
     )
 
 
@@ -208,7 +208,7 @@ class RuntimeConfig(_Keys):
         description="Keep embeddings between runs: what was encoded before is not decoded or encoded again. `auto`: "
         "for batches and folders, not for single calls. `MMPIPE_CACHE` names the folder (`off`: none).",
     )
-    workers: Workers = Field(
+    processes: Processes = Field(
         default="auto",
         description="Processes that do a job side by side on the processor, each with one core and the same models in "
         "memory: `auto` (one for each core, where the samples are so many that each has enough to do), or 1 to 512.",

@@ -257,6 +257,6 @@ _COUNT_SCHEMA = WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer",
 BatchSize = Annotated[
     int | Literal["auto"], PlainValidator(checked(parse_count_or_auto("a batch size"))), _COUNT_SCHEMA
 ]
-Workers = Annotated[
+Processes = Annotated[
     int | Literal["auto"], PlainValidator(checked(parse_count_or_auto("a number of processes"))), _COUNT_SCHEMA
 ]

@@ -50,7 +50,7 @@ def explain(
     plan = pipeline.plan
     say("timing the matrix products alone")
     segments = _segments(pipeline, plan, outcome)
-    seconds = _seconds(outcome, wall)
+    seconds = _seconds(outcome, wall, pipeline.resolved.processes)
     return {
         "title": pipeline.config.source.name or "mmpipe",
         "machine": machine(pipeline.resolved.device),
@@ -145,10 +145,17 @@ def _segments(pipeline: Pipeline, plan: Plan, outcome: Outcome) -> list[dict[str
     return lines
 
 
-def _seconds(outcome: Outcome, wall: float) -> dict[str, float]:
-    """wall = compute (somewhere a segment runs) + waiting (none does, the host waits for media) + other."""
-    compute = covered((span.start, span.end) for span in outcome.spans if ":" not in span.step)
-    waiting = min(outcome.seconds.get("waiting", 0.0), max(0.0, wall - compute))
+def _seconds(outcome: Outcome, wall: float, processes: int) -> dict[str, float]:
+    """wall = compute (somewhere a segment runs) + waiting (none does, the host waits for media) + other; of several
+    processes the mean."""
+    by_process: dict[str, list[tuple[float, float]]] = {}
+    for span in outcome.spans:
+        if ":" not in span.step:
+            by_process.setdefault(span.stream.partition("/")[0] if processes > 1 else "", []).append(
+                (span.start, span.end)
+            )
+    compute = sum(map(covered, by_process.values())) / processes
+    waiting = min(outcome.seconds.get("waiting", 0.0) / processes, max(0.0, wall - compute))
     return {
         "wall": wall,
         "compute": compute,
@@ -181,7 +188,7 @@ def _autos(pipeline: Pipeline) -> list[dict[str, Any]]:
     return lines
 
 
-_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache", "workers", "decoding")
+_CONFIGURED = ("device", "dtype", "backend", "schedule", "batch_size", "memory_limit", "cache", "processes", "decoding")
 
 
 def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -209,9 +216,9 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         found.append(("fast decoding", resolved.reasons["decode"]))
     if resolved.decoding == "threads":
         found.append(("decoding in processes", resolved.reasons["decoding"]))
-    if resolved.workers == 1 and resolved.device == "cpu":
-        found.append(("a process for each core", resolved.reasons["workers"]))
-    if resolved.lanes == 1 and resolved.workers == 1:
+    if resolved.processes == 1 and resolved.device == "cpu":
+        found.append(("a process for each core", resolved.reasons["processes"]))
+    if resolved.lanes == 1 and resolved.processes == 1:
         found.append(("a second lane", resolved.reasons["lanes"]))
     if len(plan.exits) == 1:
         empty = "the calibration certified none" if pipeline.config.fusion.calibration else "fusion.exits is empty"
@@ -276,7 +283,7 @@ def verdict(
             spent[one.branch] = spent.get(one.branch, 0.0) + one.end - one.start
         worst = max(spent, key=lambda name: spent[name])
         part, resolved = spent[worst] / (sum(spent.values()) or 1.0), pipeline.resolved
-        workers = resolved.workers * resolved.decode_workers
+        workers = resolved.processes * resolved.decode_workers
         text = (
             f"Bound by decoding: the model waits {share['waiting']:.0%} of the time; {worst} takes {part:.0%} of the "
             f"decoding, on {workers} workers."

@@ -21,7 +21,7 @@ from mmpipe.config import AuditConfig
 from mmpipe.fusion.audit import Observed, share_of
 from mmpipe.types import Prediction, Sample
 
-_MOST_SHARDS = 16  # between two looks
+_MOST_SHARDS, _SHARDS_TO_SAY = 16, 64  # between two looks
 CERTAINTY = 0.95  # of the interval, over all looks of a job at once
 
 
@@ -36,8 +36,10 @@ class AuditSettings:
     batch: int  # samples that are worth a run
 
     def shards_a_look(self, rows: int) -> int:
-        """After how many shards of so many rows there is enough to compute."""
-        return max(1, min(_MOST_SHARDS, math.ceil(self.batch / (self.share * rows))))
+        """After how many shards of so many rows a job looks. Where exits may be switched off, when there is enough to
+        compute; where it is only said, seldom: at every look all processes wait for the last."""
+        enough = math.ceil(self.batch / (self.share * rows))
+        return max(1, min(_MOST_SHARDS, enough)) if self.disable else _SHARDS_TO_SAY
 
 
 def audit_settings(
@@ -104,7 +106,7 @@ class Auditor:
         if promised is None or self.broken or low <= promised:
             return
         self.broken = True
-        then = "exits are off from the next shard on" if self.settings.disable else "calibrate on data as they are now"
+        then = "exits are off from here on" if self.settings.disable else "calibrate on data as they are now"
         self.notes.append(
             f"audit: the exits disagree with the full pipeline on {low:.2%} to {high:.2%} of the samples "
             f"({CERTAINTY:.0%} certain), more than the {promised:.2%} that the calibration promised; {then}"

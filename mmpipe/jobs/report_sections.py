@@ -144,14 +144,16 @@ def confidence(tally: Tally) -> str:
 
 
 def time_parts(run: Mapping[str, Any]) -> dict[str, float]:
-    """Where a run's seconds went, the most first; the last is what none of the clocks saw."""
+    """Where a run's seconds went, the most first; the last is what none of the clocks saw. Of several processes the
+    mean."""
     spent: Mapping[str, Any] = run.get("seconds", {})
+    processes = _processes(run)
     parts: dict[str, float] = {}
     for name, value in spent.get("segments", {}).items():
         branch = name.split("@")[0]
         words = "fusion head" if branch == "head" else f"{branch} encoder"
-        parts[words] = parts.get(words, 0.0) + value
-    parts["waiting for media"] = spent.get("waiting", 0.0)
+        parts[words] = parts.get(words, 0.0) + value / processes
+    parts["waiting for media"] = spent.get("waiting", 0.0) / processes
     parts["writing results"] = spent.get("write", 0.0)
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     rest = spent.get("total", 0.0) - sum(parts.values())
@@ -182,11 +184,16 @@ def time(run: Mapping[str, Any]) -> str:
     spent = run.get("seconds", {})
     asides = [bounded_by(parts)]
     if spent.get("decode"):
-        asides.append(f"Beside it, media were read and decoded for {seconds(spent['decode'])} of processor time.")
+        where = f"In {_processes(run)} processes" if _processes(run) > 1 else "Beside it"
+        asides.append(f"{where}, media were read and decoded for {seconds(spent['decode'])} of processor time.")
     if spent.get("fuse"):
         asides.append(f"Loading and fusing the models took {seconds(spent['fuse'])} before that.")
     content = tag("div", bar, cls="thick") + table(["part", "#time", "#share"], rows, cls="time")
     return section("time", "Time", content, " ".join(asides))
+
+
+def _processes(run: Mapping[str, Any]) -> int:
+    return int(run.get("resolved", {}).get("processes", 1))
 
 
 def bounded_by(parts: Mapping[str, float]) -> str:

@@ -152,7 +152,7 @@ def test_an_audit_changes_no_row(weights, media, tmp_path):
     assert run["audit"] is None
 
 
-def test_on_drift_the_exits_are_off_from_the_next_shard_on(weights, media, tmp_path):
+def test_on_drift_the_exits_are_off_from_the_next_look_on(weights, media, tmp_path):
     run, table = audited(config(weights, share="100%", on_drift="disable"), media, tmp_path / "out", promised=0.001)
     assert run["audit"]["broken"]
     assert run["audit"]["exits_disabled"]
@@ -160,7 +160,7 @@ def test_on_drift_the_exits_are_off_from_the_next_shard_on(weights, media, tmp_p
     last = next(number for number, names in enumerate(by_shard) if names == {"all"})
     assert last > 0
     assert all(names == {"all"} for names in by_shard[last:])
-    assert any("exits are off from the next shard on" in note for note in run["notes"])
+    assert any("exits are off from here on" in note for note in run["notes"])
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,13 @@ def test_embedding_has_nothing_to_audit():
     made = {"task": "embed", "encoders": {"image": {"model": "org/name"}}, "fusion": {"audit": {"share": "1%"}}}
     with pytest.raises(ConfigError, match="audit stands beside task: embed"):
         Pipeline.load(made)
+
+
+def test_a_job_looks_when_there_is_enough_to_compute():
+    off = dataclasses.replace(SETTINGS, disable=True, batch=32)
+    looks = [dataclasses.replace(off, share=share).shards_a_look(1024) for share in (1.0, 0.03, 0.01, 0.0001)]
+    assert looks == [1, 2, 4, 16]
+    assert SETTINGS.shards_a_look(1024) == 64
 
 
 def test_every_kind_of_answer_counts_once():

@@ -33,7 +33,7 @@ class Budget:
                     inside = cost.workspace_bytes(self.made.modules[step.segment], stage_plan.rows)
                     streams[step.stream] = max(streams.get(step.stream, 0), inside)
         count = resolved.processes
-        own = {} if count == 1 else {"processes": (count - 1) * OWN_BYTES}
+        own = {} if count == 1 else {"processes": count * OWN_BYTES}
         return {
             "weights": self.weights,  # forked processes have them without a copy
             "slots": count * sizes.slots,

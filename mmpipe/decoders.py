@@ -54,12 +54,16 @@ def available() -> bool:
 
 
 class Decoders:
-    """`count` processes that decode for threads of this one. `close` them.
+    """`count` processes that decode for threads of this one. `close` them. `patient`: a thread waits for one rather
+    than decode by itself.
 
     `note`: why some media are decoded here after all; "" where none is.
     """
 
-    def __init__(self, preparations: Mapping[str, Preparation], limits: media.Limits, count: int) -> None:
+    def __init__(
+        self, preparations: Mapping[str, Preparation], limits: media.Limits, count: int, *, patient: bool = False
+    ) -> None:
+        self._patient = patient
         self.note = ""
         self._lock = threading.Lock()
         self._looked = 0.0
@@ -84,7 +88,7 @@ class Decoders:
         if branch not in self._branches:
             return False
         plain = _sent(branch, source)
-        decoder = None if plain is None else self._next()
+        decoder = None if plain is None else self._next() or (self._wait() if self._patient else None)
         if decoder is None:
             return False
         why = self._asked(decoder, branch, plain, put, spent)
@@ -172,7 +176,7 @@ class Decoders:
             self._branches -= answer.keys()
             if "" in answer or not self._branches:
                 self._all.discard(decoder)
-                decoder.close()
+                decoder.ended()
             else:
                 self._free.append(decoder)
 

@@ -13,7 +13,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +53,7 @@ class Wish:
     deliberate: bool | None = None
     embeddings: bool | None = None
     alone: bool = False
+    wary: bool = False
 
 
 class Engine:
@@ -75,8 +76,8 @@ class Engine:
     ) -> None:
         """As `run` for one shard after the other; `done` gets each, in order."""
 
-        def run(parts: Iterable[Sequence[Sample]], answered: Answered, done: Done) -> None:
-            self._run_here(parts, wish, answered, done)
+        def run(parts: Iterable[Sequence[Sample]], answered: Answered, done: Done, wary: bool) -> None:
+            self._run_here(parts, replace(wish, wary=wary), answered, done)
 
         def counted(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
             if wish.exits:
@@ -92,7 +93,7 @@ class Engine:
             least = bucket * max(1, min(several, rows // (most * bucket)))
             most = min(most, math.ceil(rows / least))
         if most <= 1:
-            run(shards, answered, counted)
+            run(shards, answered, counted, False)
             return
         if wish.cached:
             self.recalling.of(wish.kind, executor)  # hashes the weights, once for all
@@ -107,11 +108,13 @@ class Engine:
             self._decoders.close()
             self._decoders = None
 
-    def decoders(self, resolved: Resolved) -> Decoders | None:
-        """The processes that decode, where that was resolved; started once."""
-        if resolved.decoding == "processes" and self._decoders is None and available():
-            self._decoders = Decoders(self.built.preparations, self.limits, resolved.decode_workers)
-        return self._decoders
+    def decoders(self, wish: Wish) -> Decoders | None:
+        """The processes that decode, where that was resolved or where it must be; started once."""
+        resolved = self.runners.resolved(wish.kind)
+        wanted = wish.wary or (wish.kind == "batch" and resolved.decoding == "processes")
+        if wanted and self._decoders is None and available():
+            self._decoders = Decoders(self.built.preparations, self.limits, resolved.decode_workers, patient=wish.wary)
+        return self._decoders if wanted else None
 
     def _processes(self, wish: Wish) -> int:
         """How many a run may have: an observer sees this one alone."""
@@ -173,7 +176,7 @@ class Engine:
         recall = self.recalling.of(wish.kind, executor) if wish.cached else None
         flying: deque[tuple[Sequence[Sample], Feed]] = deque()
         resolved = self.runners.resolved(wish.kind)
-        decoders = self.decoders(resolved) if wish.kind == "batch" else None
+        decoders = self.decoders(wish)
 
         def shard_of(samples: Sequence[Sample]) -> Shard:
             samples = list(samples)  # a listing makes a sample whenever it is asked for one

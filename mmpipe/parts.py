@@ -48,7 +48,7 @@ class Parts:
         self._changed = threading.Condition()
         self._left = sum(map(len, shards))
         self._shard, self._row = 0, 0  # where the next part begins
-        self._again: deque[Part] = deque()  # of workers that are no more
+        self._lost: deque[Part] = deque()  # of workers that are no more
         self._open = {number: _Shard(len(shard)) for number, shard in enumerate(shards)}
         self._told = 0  # shards
         self._closed = False
@@ -63,8 +63,6 @@ class Parts:
             if self._closed:
                 return None
             last = min(self._failed(), default=len(self.shards))
-            if self._again:
-                return self._again.popleft()
             while self._shard < len(self.shards) and self._row == len(self.shards[self._shard]):
                 self._shard, self._row = self._shard + 1, 0
             if self._shard >= min(last + 1, len(self.shards)):
@@ -73,6 +71,14 @@ class Parts:
             part, self._row = Part(self._shard, self._row, stop), stop
             self._left -= part.stop - part.start
             return part
+
+    def take_lost(self) -> Part | None:
+        """One that has come back; None: there is none."""
+        with self._changed:
+            return self._lost.popleft() if self._lost and not self._closed else None
+
+    def any_lost(self) -> bool:
+        return bool(self._lost)
 
     def wait_for_room(self, mine: Sequence[Part]) -> None:
         """Until not too many shards wait for one that another worker has; `mine`: parts that the caller has."""
@@ -94,13 +100,13 @@ class Parts:
             shard = self._open.get(parts[0].shard if parts else self._told)
             if shard is not None:
                 shard.error = error
-            self._again.extend(list(parts)[1:])
+            self._lost.extend(list(parts)[1:])
             self._changed.notify_all()
 
     def give_back(self, parts: Sequence[Part]) -> None:
         """Somebody else is to compute these."""
         with self._changed:
-            self._again.extend(parts)
+            self._lost.extend(parts)
             self._changed.notify_all()
 
     def answered(self, count: int) -> None:
@@ -133,13 +139,9 @@ class Parts:
     def wait(self, seconds: float) -> bool:
         """Until something has changed, at most so long. False: all has been told of."""
         with self._changed:
-            if self._open and not self._again and seconds:
+            if self._open and not self._lost and seconds:
                 self._changed.wait(seconds)
             return bool(self._open)
-
-    def has_more(self) -> bool:
-        """Whether parts have come back that nobody computes."""
-        return bool(self._again)
 
     def close(self) -> None:
         """Nobody is to begin with another."""

@@ -1,13 +1,14 @@
 """A job in several processes, of one core each: nobody waits for Python's lock, and no small operation for a second
 core.
 
-    shards ─► Parts ─┬─► this process ──────────────────────────────────┬─► whole shards, in order ─► done
-                     ├─► a thread of this process ═ socket ═► a worker ─┤
-                     └─► …                                              ┘
+    shards ─► Parts ─┬─► a thread of this process ═ socket ═► a worker ─┬─► whole shards, in order ─► done
+                     ├─► a thread                 ═ socket ═► a worker ─┤
+                     └─► what a worker was lost on: this process ───────┘
 
 A worker is forked when all is built, packed and compiled, so that it has the models without a copy and is there in
 milliseconds; it ends with the job. It computes with one thread alone: a forked process must not use the threads that
-its parent had. Rows are the same whoever computes them. If a worker ends before its time, this process does its part.
+its parent had. Rows are the same whoever computes them. If a worker ends before its time, this process does its part,
+and decodes it in processes that may die: the one medium that ended it costs its row.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _SILENT_S = 20.0  # without a message, and as long without computing
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Done = Callable[[Sequence[Sample], list[Prediction], Outcome], None]
-Run = Callable[[Iterable[Sequence[Sample]], Answered, Done], None]  # shards in, each told of in order
+Run = Callable[[Iterable[Sequence[Sample]], Answered, Done, bool], None]  # shards in, each told of in order; warily
 
 
 def available() -> bool:
@@ -53,8 +54,9 @@ def available() -> bool:
 
 
 def run_side_by_side(parts: Parts, run: Run, answered: Answered, done: Done) -> None:
-    """Run all parts: `run` is called here and in `parts.workers - 1` forked processes. `answered` and `done` are called
-    here, on the caller's thread; `done` gets each shard, in order.
+    """Run all parts: `run` is called in `parts.workers` forked processes, and here for parts that these were lost on
+    (warily), or if there is none. `answered` and `done` are called here, on the caller's thread; `done` gets each
+    shard, in order.
 
     Raises what `run` raises, here or there. However it ends, the processes have ended.
     """
@@ -63,59 +65,69 @@ def run_side_by_side(parts: Parts, run: Run, answered: Answered, done: Done) -> 
     try:
         with _signals_held():  # else one could come when a process is there that nobody knows of
             try:
-                for number in range(1, parts.workers):
+                for number in range(1, parts.workers + 1):
                     workers.append(_Worker(number, parts, run))
                 for worker in workers:  # when all have been forked: none begins with a thread at work that it has not
                     worker.thread.start()
             except (OSError, RuntimeError) as error:  # no process, or no thread
                 note = f"fewer than {parts.workers} processes compute: no more can be started: {error}"
-        _own_part(parts, run, answered, _noting(done, lambda: [note, *(worker.note for worker in workers)]))
+        noted = _noting(done, lambda: [note, *(worker.note for worker in workers)])
+        _Here(parts, run, answered, noted).do(workers)
     finally:
         parts.close()
         for worker in workers:
             worker.end()
 
 
-def _own_part(parts: Parts, run: Run, answered: Answered, done: Done) -> None:
-    taken: deque[Part] = deque()
-    ending: list[BaseException] = []  # what ends all, as opposed to what ends one part
+class _Here:
+    """What is left to this process: to tell of whole shards, and to do what no worker does."""
 
-    def mine() -> Iterator[Sequence[Sample]]:
-        while (part := parts.take()) is not None:
-            taken.append(part)
-            yield parts.samples(part)
+    def __init__(self, parts: Parts, run: Run, answered: Answered, done: Done) -> None:
+        self._parts, self._run, self._to_answered, self._done = parts, run, answered, done
+        self._taken: deque[Part] = deque()
+        self._ending = False  # an error that ends all, as opposed to one part
 
-    def told() -> None:
+    def do(self, workers: Sequence[_Worker]) -> None:
+        while self._parts.wait(_LOOK_S):
+            self._answered(0)
+            if self._parts.any_lost():
+                self._run_here(self._parts.take_lost, wary=True)
+            elif not any(worker.thread.is_alive() for worker in workers):
+                self._run_here(self._parts.take, wary=False)
+        self._answered(0)
+
+    def _run_here(self, take: Callable[[], Part | None], *, wary: bool) -> None:
+        def taken() -> Iterator[Sequence[Sample]]:
+            while (part := take()) is not None:
+                self._taken.append(part)
+                yield self._parts.samples(part)
+
         try:
-            with torch.inference_mode(False):  # in the middle of a run too
-                for shard in parts.whole():
-                    done(*shard)
-        except BaseException as error:
-            ending.append(error)
-            raise
-
-    def counted(count: int) -> None:
-        answered(count + parts.newly_answered())
-        told()
-
-    def finished(samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
-        parts.put(taken.popleft(), predictions, outcome)
-        told()
-
-    while parts.wait(0.0):
-        try:
-            run(mine(), counted, finished)
+            self._run(taken(), self._answered, self._did, wary)
         except Interrupted:
             raise
         except Exception as error:
-            if ending:
+            if self._ending:
                 raise
-            parts.fail(taken, error)  # raised when what comes before it has been told of
-            taken.clear()
-        while parts.wait(_LOOK_S) and not parts.has_more():
-            counted(0)
-        told()
-    counted(0)
+            self._parts.fail(self._taken, error)  # raised when what comes before it has been told of
+            self._taken.clear()
+
+    def _answered(self, count: int) -> None:
+        self._to_answered(count + self._parts.newly_answered())
+        self._tell()
+
+    def _did(self, samples: Sequence[Sample], predictions: list[Prediction], outcome: Outcome) -> None:
+        self._parts.put(self._taken.popleft(), predictions, outcome)
+        self._tell()
+
+    def _tell(self) -> None:
+        try:
+            with torch.inference_mode(False):  # in the middle of a run too
+                for shard in self._parts.whole():
+                    self._done(*shard)
+        except BaseException:
+            self._ending = True
+            raise
 
 
 def _noting(done: Done, notes: Callable[[], Iterable[str]]) -> Done:
@@ -168,7 +180,7 @@ class _Worker:
                     return
         except Exception as error:  # noqa: BLE001 - whatever it was, its parts are done by another
             how = self._ended() if isinstance(error, (EOFError, OSError)) else f"was not understood: {error}"
-            self.note = f"a process that computed {how}: its samples were computed again by another"
+            self.note = f"a process that computed {how}: its samples were computed again"
             self._parts.answered(-self._answered)
             self._parts.give_back(self._taken)
 
@@ -299,7 +311,7 @@ class _Work:
 
     def do(self, run: Run) -> None:
         try:
-            run(self._wanted(), self._answered, self._did)
+            run(self._wanted(), self._answered, self._did, False)
         except BaseException as error:  # noqa: BLE001 - the parent raises it
             self._send("failed", _sendable(error))
         else:

@@ -19,6 +19,7 @@ from mmpipe import Pipeline
 from mmpipe.build import Preparation
 from mmpipe.decoders import Decoders, available
 from mmpipe.encoders import load as load_encoder
+from mmpipe.engine import Wish
 from mmpipe.errors import MediaError
 from mmpipe.media import Limits, View
 
@@ -230,7 +231,7 @@ def test_a_job_writes_the_same_bytes_either_way(weights, tmp_path):
         with Pipeline.load(config) as pipeline:
             assert pipeline.resolved.decoding == way
             if way == "processes":  # from the first medium on
-                decoders = pipeline._engine.decoders(pipeline.resolved)
+                decoders = pipeline._engine.decoders(Wish())
                 until(lambda found=decoders: found._look() or not found._coming)
             pipeline.run_folder(folder, tmp_path / way, mode="overwrite")
             if way == "processes":

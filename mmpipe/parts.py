@@ -62,10 +62,10 @@ class Parts:
         with self._changed:
             if self._closed:
                 return None
-            last = min(self._failed(), default=len(self.shards))
+            end = min(self._failed(), default=len(self.shards))
             while self._shard < len(self.shards) and self._row == len(self.shards[self._shard]):
                 self._shard, self._row = self._shard + 1, 0
-            if self._shard >= min(last + 1, len(self.shards)):
+            if self._shard >= end:
                 return None
             stop = self._row + self._rows(len(self.shards[self._shard]) - self._row)
             part, self._row = Part(self._shard, self._row, stop), stop

@@ -43,7 +43,7 @@ class Resolved:
     decoding: str  # on threads, or handed on by them to processes
     memory_limit: int  # bytes
     cache: str
-    memory: Mapping[str, int]  # bytes, of all processes: weights, slots, media, scratch, host, workspaces, decoding
+    memory: Mapping[str, int]  # bytes of all processes: weights, slots, …, what processes take for themselves
     reasons: Mapping[str, str]
     segments: Mapping[str, Choice] = field(default_factory=dict)  # lowered otherwise than eager float32
     more_from: int | None = None  # rows from which a compiled backend would be waited for; None: from no number on

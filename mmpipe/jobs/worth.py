@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmpipe.graphs.plan import HEAD
+from mmpipe.jobs.markup import seconds
 from mmpipe.jobs.tally import Tally
 
 
@@ -27,7 +28,8 @@ class Worth:
 
     def note(self) -> str:
         """For people."""
-        told = f"exits spared about {self.saved:.1f} s of decoding and encoding and took {self.spent:.1f} s of looking"
+        saved, spent = seconds(self.saved), seconds(self.spent)
+        told = f"exits spared about {saved} of decoding and encoding and took {spent} of looking"
         return told if self.pays else f"{told}: here they do not pay; fusion.exits: [] answers every sample in full"
 
 

@@ -27,6 +27,7 @@ def test_what_was_spared_counts_at_the_mean_cost_of_what_was_computed():
     assert worth.spent == 0.5
     assert worth.pays
     assert "spared about 9.0 s" in worth.note()
+    assert "took 500 ms of looking" in worth.note()
 
 
 def test_exits_that_cost_more_than_they_spare_are_named():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ PHOTO_CHANNELS = (32, 64, 128)  # of the three layers
 TITLE_WORDS = 24  # what follows is not read
 TITLE_PIECES = 12  # ids a word: itself and its first 11 character trigrams
 TITLE_BUCKETS = 4096  # ids; 0 is padding
+LONGEST_KEPT = 32  # characters of a word whose ids are kept
 TITLE_WIDTH = 64
 TITLE_HEADS = 4
 TITLE_LAYERS = 2
@@ -206,11 +207,18 @@ def prepare_photo(image: Any) -> dict[str, Tensor]:
     return {"photo": torch.from_numpy(np.array(small, np.uint8)[None])}
 
 
-def word_ids(word: str) -> list[int]:
+def word_ids(word: str) -> tuple[int, ...]:
     """A lower-case word → up to 12 ids in 1 … 4095: crc32 of itself and of its trigrams, with < and > at its ends."""
+    return _kept_ids(word) if len(word) <= LONGEST_KEPT else _ids(word)
+
+
+def _ids(word: str) -> tuple[int, ...]:
     marked = f"<{word}>"
-    pieces = [marked, *(marked[i : i + 3] for i in range(len(marked) - 2))][:TITLE_PIECES]
-    return [zlib.crc32(piece.encode()) % (TITLE_BUCKETS - 1) + 1 for piece in pieces]
+    trigrams = (marked[i : i + 3] for i in range(min(len(marked) - 2, TITLE_PIECES - 1)))
+    return tuple(zlib.crc32(piece.encode()) % (TITLE_BUCKETS - 1) + 1 for piece in (marked, *trigrams))
+
+
+_kept_ids = lru_cache(maxsize=8192)(_ids)  # titles share most of their words
 
 
 def prepare_title(text: str, max_words: int = TITLE_WORDS) -> dict[str, Tensor]:

@@ -74,10 +74,17 @@ def rows(out):
     return pq.read_table(out / "predictions").to_pylist()
 
 
-def children():
+def started():
     """Processes that this one has started and not waited for."""
     task = Path(f"/proc/{os.getpid()}/task")
-    return [pid for one in task.iterdir() for pid in (one / "children").read_text(encoding="ascii").split()]
+    return {pid for one in task.iterdir() for pid in (one / "children").read_text(encoding="ascii").split()}
+
+
+@pytest.fixture
+def children():
+    """What the test has left. Other tests in this process may have started what lives on: multiprocessing's tracker."""
+    before = started()
+    return lambda: started() - before
 
 
 def is_there(pid):
@@ -103,7 +110,7 @@ def shop_of(weights, workers, *, exits=shop.EXITS, **fusion):
 
 
 @pytest.mark.parametrize("fusion", [{}, {"deliberate": {"below": 0.9, "views": 2}}, {"audit": {"share": "50%"}}])
-def test_rows_are_the_same_whatever_the_number_of_processes(weights, media, tmp_path, fusion):
+def test_rows_are_the_same_whatever_the_number_of_processes(weights, media, tmp_path, fusion, children):
     found, runs = [], []
     for count in (2, 3):
         with Pipeline.load(shop_of(weights, count, **fusion)) as pipeline:
@@ -159,7 +166,7 @@ def test_progress_counts_every_row_once_and_on_the_caller_s_thread(weights, medi
     assert threads == {threading.main_thread()}
 
 
-def test_a_medium_that_ends_who_decodes_it_costs_its_row(tmp_path, monkeypatch):
+def test_a_medium_that_ends_who_decodes_it_costs_its_row(tmp_path, monkeypatch, children):
     monkeypatch.syspath_prepend(tmp_path / "several")  # a process that decodes imports what prepares
     folder = texts_in(tmp_path / "media", ["forked: killed" if n == 50 else f"item {n}" for n in range(200)])
     with Pipeline.load(own(tmp_path / "several")) as pipeline:
@@ -177,7 +184,7 @@ def test_a_medium_that_ends_who_decodes_it_costs_its_row(tmp_path, monkeypatch):
     assert not children()
 
 
-def test_every_process_but_this_one_may_be_killed(tmp_path):
+def test_every_process_but_this_one_may_be_killed(tmp_path, children):
     with Pipeline.load(own(tmp_path / "several", workers=4)) as pipeline:
         answers = pipeline.predict(samples_of(["forked: killed"] * 200))  # texts in memory are not sent elsewhere
     assert [answer.status for answer in answers] == ["ok"] * 200
@@ -237,7 +244,7 @@ def test_no_process_to_be_had_is_no_end(tmp_path, monkeypatch):
     assert any("fewer than 2 processes compute: no more can be started" in note for note in run["notes"])
 
 
-def test_what_fails_in_a_process_ends_the_job_with_its_reason_after_whole_shards(tmp_path):
+def test_what_fails_in_a_process_ends_the_job_with_its_reason_after_whole_shards(tmp_path, children):
     texts = [f"item {number}" for number in range(200)]
     texts[150] = "out of range"
     folder = texts_in(tmp_path / "media", texts)
@@ -260,7 +267,7 @@ def test_what_is_wrong_with_a_medium_is_its_row_s_reason(tmp_path):
     assert answers[9].error == "text:unusable: ValueError: unusable 9"
 
 
-def test_ctrl_c_ends_every_process_at_once_and_keeps_whole_shards(tmp_path):
+def test_ctrl_c_ends_every_process_at_once_and_keeps_whole_shards(tmp_path, children):
     texts = [f"item {number}" if number < 150 else "forked: long" for number in range(400)]
     folder = texts_in(tmp_path / "media", texts)
 

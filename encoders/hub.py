@@ -17,7 +17,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ SAFE_PATTERNS = ["model.safetensors", "model-*.safetensors", "open_clip_model.sa
 PICKLE_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin", "open_clip_pytorch_model.bin"]
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*", "*.onnx", "*.msgpack", "*.h5"]
 
+TINY = "tiny"  # the kind of the models that ship with the package
+
 _factories: dict[str, str] = {}
 
 
@@ -49,7 +51,7 @@ def register(kind: str, factory: str) -> None:
 
 register("open_clip", "mmpipe.encoders.clip:load")
 register("hf", "mmpipe.encoders.hf:load")
-register("tiny", "mmpipe.encoders.tiny:load")
+register(TINY, "mmpipe.encoders.tiny:load")
 
 
 def load(
@@ -95,7 +97,8 @@ def load(
             f"{model}: options ({', '.join(options)}) are for a class of your own (package.module:Class)"
         )
     function = _factory(kind)
-    with quiet():
+    # those that ship use no model library, and keeping one quiet would import it: longer than all that they load
+    with nullcontext() if kind == TINY else quiet():
         return function(name, modality, weights=path or found, max_tokens=max_tokens, max_seconds=max_seconds)
 
 

@@ -111,6 +111,12 @@ class _Layer(nn.Module):
         return cast(Tensor, x_BTW + self.mlp(self.norm_mlp(x_BTW)))
 
 
+def _drawn(*shape: int) -> nn.Parameter:
+    """Small normal values; none on the meta device, where drawing them would import PyTorch's compiler: a second."""
+    values = nn.Parameter(torch.empty(shape))
+    return values if values.is_meta else nn.init.normal_(values, std=0.02)
+
+
 class TransformerHead(nn.Module):
     """A small transformer over one token per modality and an answer token; every depth can answer.
 
@@ -142,8 +148,7 @@ class TransformerHead(nn.Module):
         self.projections = nn.ModuleDict(
             {m: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width)) for m, d in dims.items()}
         )
-        self.kind_MW = nn.Parameter(torch.randn(len(dims), width) * 0.02)
-        self.answer_1W = nn.Parameter(torch.randn(1, width) * 0.02)
+        self.kind_MW, self.answer_1W = _drawn(len(dims), width), _drawn(1, width)
         self.layers = nn.ModuleList(_Layer(width, heads) for _ in range(depth))
         self.answers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(labels))) for _ in range(depth)

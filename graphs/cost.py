@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import Plan, Segment, Value
@@ -106,6 +105,8 @@ def weight_bytes(modules: Sequence[fx.GraphModule]) -> int:
 
 def count_flops(plan: Plan, segment: Segment, module: fx.GraphModule, rows: int) -> int:
     """Floating-point operations of a segment at `rows` rows, by torch's own formulas: two for each multiplication."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: not where nobody counts
+
     with FlopCounterMode(display=False) as counter:
         _run_fake(plan, segment, module, rows)
     return int(counter.get_total_flops())

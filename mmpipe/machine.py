@@ -23,6 +23,11 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, of mmpipe, and of the packages that shape results, where they are installed."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -60,6 +60,7 @@ class BuiltEncoder:
         max_seconds: float | None = None,
         margin_seconds: float = 0.0,
         smallest_side: int | None = None,
+        grey: bool = False,
         prepare_fast: Callable[[Any], dict[str, Tensor]] | None = None,
         notes: Sequence[str] = (),
         files: Sequence[str] = (),
@@ -76,6 +77,7 @@ class BuiltEncoder:
         self.margin_seconds = margin_seconds  # of sound beyond that which its resampler's filter still sees
         # pixels: a picture that need not be exact may come scaled down, its shorter side no less than this; None: never
         self.smallest_side = smallest_side
+        self.grey = grey  # prepare() makes pictures grey, so that it takes them in mode L where they are
         self.prepare_fast = prepare_fast or prepare  # as prepare, for pictures that need not be exact: faster, close by
         self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
         self.files = tuple(files)  # what was read from disk: weights first, then configuration and tokeniser

@@ -200,10 +200,11 @@ class NoteNet(nn.Module):
 
 
 def prepare_photo(image: Any) -> dict[str, Tensor]:
-    """PIL image → photo uint8 [1, 28, 28], grey, squeezed to a square."""
+    """PIL image, RGB or L → photo uint8 [1, 28, 28], grey, squeezed to a square."""
     from PIL import Image
 
-    small = image.convert("L").resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BOX)
+    grey = image if image.mode == "L" else image.convert("L")
+    small = grey.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BOX)
     return {"photo": torch.from_numpy(np.array(small, np.uint8)[None])}
 
 
@@ -299,6 +300,7 @@ def load(
         return BuiltEncoder(
             modality=modality, dim=DIM, module=module, prepare=prepare_photo, example=example,
             preprocessing=preprocessing, layers="layers", smallest_side=2 * PHOTO_SIDE,
+            grey=True,
         )  # fmt: skip
     if name == "title":
         words = TITLE_WORDS if max_tokens is None else max_tokens

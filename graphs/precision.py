@@ -137,8 +137,8 @@ class _Lowering:
         elif not any(n in self.short for n in arguments):
             if any(n in self.exact for n in arguments):
                 self.exact.add(node)
-            elif node.target is aten.embedding.default and _is_float(arguments[0]):  # only rows are picked
-                node.replace_input_with(arguments[0], self._shortened(arguments[0], node))
+            elif node.target is aten.embedding.default and _is_float(arguments[0]) and not _only_summed(node):
+                node.replace_input_with(arguments[0], self._shortened(arguments[0], node))  # only rows are picked
                 self.short.add(node)
         elif node.target in _STATISTICS:
             self._give(node, lambda n: self._long(n, node))
@@ -230,6 +230,11 @@ def _matrix(node: fx.Node) -> fx.Node | None:
     """Of a linear layer's product, where it is a constant."""
     weight = node.args[1] if node.target is aten.linear.default and mark_of(node).dtype == torch.float32 else None
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def _only_summed(node: fx.Node) -> bool:
+    """Whether all who read it would have it back in float32: shortened, it would be cast twice for nothing."""
+    return all(user.target in _STATISTICS for user in node.users)
 
 
 def _from_exact(node: fx.Node) -> bool:

@@ -46,6 +46,7 @@ class Preparation:
     notes: tuple[str, ...]
     decoded_seconds: float | None = None  # sound beyond this is not decoded: what is heard, and its resampling's margin
     smallest_side: int | None = None  # pixels: pictures may be decoded smaller, to no less; None: as they are
+    grey: bool = False  # pictures that are grey may stay so
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ def _preparation(encoder: Encoder, settings: Mapping[str, Any], fast: bool) -> P
         notes=_notes(encoder, fast),
         decoded_seconds=decoded,
         smallest_side=side,
+        grey=isinstance(encoder, BuiltEncoder) and encoder.grey,
     )
 
 

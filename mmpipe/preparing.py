@@ -27,6 +27,7 @@ def prepared(
         limits=limits,
         max_seconds=preparation.decoded_seconds,
         smallest_side=preparation.smallest_side,
+        grey=preparation.grey,
         reserve=reserve,
     )
     try:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from mmpipe.loading import collector_spared
 
@@ -37,3 +41,21 @@ def test_what_the_process_has_frozen_itself_stays_so() -> None:
         assert collected(since)  # and nothing is frozen that the process did not ask for
     finally:
         gc.unfreeze()
+
+
+def test_the_demo_starts_without_compilers_and_model_libraries(tmp_path: Path) -> None:
+    """Each of these imports takes as long as all else that a second start does."""
+    slow = ("torch._dynamo", "sympy", "triton", "transformers", "open_clip", "torchvision")
+    run = f"""
+import sys
+from mmpipe import Pipeline
+with Pipeline.load("quickstart") as pipeline:
+    pipeline.run(pipeline.find().samples[:8])
+print(*[name for name in {slow} if name in sys.modules])
+"""
+    environment = {**os.environ, "MMPIPE_CACHE": str(tmp_path)}
+    found = [
+        subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)  # the first captures, and keeps what it captured
+    ]
+    assert found[1].split() == []

@@ -171,10 +171,16 @@ def story_of(shown: Shown, exits: Sequence[str]) -> Story | None:
     if last.exit == exits[0] and prediction.skipped:
         return Story("first", shown, (len(prediction.skipped), prediction.confidence))
     if last.exit == exits[-1]:
-        if len(steps) > 2 and steps[-2].label != first.label:
+        if len(steps) > 2 and steps[-2].label != first.label and _looked_further(steps[-2], last):
             # the surer the two that disagreed, and the surer the one that settled it, the better
             return Story("settled", shown, (min(first.confidence, steps[-2].confidence) + 2 * last.confidence,))
         return None
     if len(steps) > 1:
         return Story("decided", shown, (float(first.label != last.label), last.confidence - first.confidence))
     return None
+
+
+def _looked_further(before: Step, last: Step) -> bool:
+    """Whether the last exit had more to go by: another modality, or the rest of the layers. A sample without what the
+    others go on to is only asked again."""
+    return last.opened != before.opened or ".layer" in before.exit

@@ -31,6 +31,7 @@ def load(
     max_seconds: float | None = None,
     smallest_side: int | None = None,
     reserve: Callable[[int], None] = lambda count: None,
+    grey: bool = False,
 ) -> Any:
     """The decoded medium.
 
@@ -40,6 +41,8 @@ def load(
 
     smallest_side: a JPEG may be decoded smaller than it is (a half, a quarter, an eighth), as long as the shorter side
     of what is looked at keeps so many pixels. It is faster, and its pixels are means of the exact ones. None: exactly.
+
+    grey: a file's picture that is grey stays grey, in mode L. In RGB its three channels would be the same.
 
     reserve: called with the bytes that a picture or a sound takes at its peak, as its header says, before it is
     decoded; it may wait.
@@ -55,7 +58,7 @@ def load(
     try:
         if isinstance(source, View) and modality != "audio":
             side = None if smallest_side is None else math.ceil(smallest_side / shorter_share(source))
-            whole = load(modality, source.source, limits=limits, smallest_side=side, reserve=reserve)
+            whole = load(modality, source.source, limits=limits, smallest_side=side, reserve=reserve, grey=grey)
             return part_of_picture(whole, source) if modality == "image" else part_of_text(whole, source)
         start_seconds, source = (source.start, source.source) if isinstance(source, View) else (0.0, source)
         if isinstance(source, str) and modality == "text":
@@ -63,7 +66,7 @@ def load(
         if is_file(source):
             with opened(modality, source, limits) as (file, size_bytes):
                 if modality == "image":
-                    return image.from_file(file, limits, smallest_side, reserve)
+                    return image.from_file(file, limits, smallest_side, reserve, grey)
                 if modality == "text":
                     return _text_from_file(file, size_bytes, limits)
                 return audio.from_file(file, size_bytes, limits, max_seconds, start_seconds, reserve)

@@ -26,15 +26,17 @@ def from_file(
     limits: Limits,
     smallest_side: int | None = None,
     reserve: Callable[[int], None] = lambda count: None,
+    grey: bool = False,
 ) -> Image.Image:
     """The first frame of a file that is within its size limit, in RGB. Raises MediaError.
 
     smallest_side: a JPEG may come out at a half, a quarter or an eighth, its shorter side no less than these pixels.
     reserve: called with the bytes that it takes at its peak, before it is decoded.
+    grey: one that is grey, in 8 bits and without alpha, stays in L.
     """
     picture = _header(file, limits)
     reserve(_peak_bytes(picture, smallest_side))
-    return _rgb(_loaded(picture))
+    return _rgb(_loaded(picture), grey)
 
 
 def from_memory(source: Any, limits: Limits) -> Image.Image:
@@ -191,8 +193,9 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise MediaError("image", "too_large", text)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """Upright and in RGB: deep pixels cut to 8 bits, alpha laid on white. May change `picture`."""
+def _rgb(picture: Image.Image, grey: bool = False) -> Image.Image:
+    """Upright and in RGB (`grey`: or as it is, in L): deep pixels cut to 8 bits, alpha laid on white. May change
+    `picture`."""
     from PIL import Image, ImageOps
 
     with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about the pixels
@@ -206,7 +209,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
             on_white = Image.new("RGB", seen.size, "white")
             on_white.paste(seen, mask=seen.getchannel("A"))
             return on_white
-        return picture if mode == "RGB" else picture.convert("RGB")
+        return picture if mode == "RGB" or (grey and mode == "L") else picture.convert("RGB")
     except MediaError:
         raise
     except ValueError as error:

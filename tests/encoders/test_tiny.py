@@ -187,3 +187,10 @@ def test_errors_say_what_to_do(weights: Path, tmp_path: Path) -> None:
     tiny.save(tmp_path / "other.safetensors", "photo", other)
     with pytest.raises(EncoderError, match="does not fit: out"):
         tiny.load("photo", "image", weights=tmp_path / "other.safetensors")
+
+
+def test_a_grey_picture_need_not_become_rgb_first(weights: Path) -> None:
+    built = encoder("photo", weights)
+    assert built.grey
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8))
+    assert torch.equal(built.prepare(grey)["photo"], built.prepare(grey.convert("RGB"))["photo"])

@@ -82,6 +82,25 @@ def test_products_and_what_is_between_them_are_short_and_results_are_not(block, 
     assert not torch.equal(plain, short)
 
 
+class Pieces(nn.Module):
+    """Words as sums of pieces, then a learned product."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces, self.out = nn.Embedding(20, 16), nn.Linear(16, 4)
+
+    def forward(self, ids):
+        return self.out(self.pieces(ids).sum(dim=1))
+
+
+def test_rows_that_are_picked_to_be_summed_are_not_shortened_in_between():
+    torch.manual_seed(0)
+    ids = torch.arange(18).reshape(3, 6)
+    types, _ = types_at(lowered(segment_of(Pieces(), {"ids": ids[0]}), torch.bfloat16), ids)
+    assert types[aten.embedding.default] == [torch.float32]
+    assert types[aten.linear.default] == [torch.bfloat16]
+
+
 def test_the_module_itself_stays_as_it_was(block, rows):
     with torch.no_grad():
         before = block(*rows)[0]

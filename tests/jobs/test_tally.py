@@ -97,8 +97,9 @@ def test_the_trace_of_a_sample_says_what_each_exit_saw():
     assert made.stories["first"].shown.sample.id == "b"
 
 
-def story(exit_name, *seen, exits=("image", "image+text", "all"), **rest):
-    steps = tuple(Step(name, label, p, ()) for name, (label, p) in zip(exits, seen, strict=False))
+def story(exit_name, *seen, exits=("image", "image+text", "all"), opened=None, **rest):
+    opened = opened or [("image", "text", "audio")[: place + 1] for place in range(len(exits))]
+    steps = tuple(Step(name, label, p, used) for name, (label, p), used in zip(exits, seen, opened, strict=False))
     label, confidence = seen[-1]
     rest.setdefault("skipped", ("audio",) if exit_name != "all" else ())
     return story_of(Shown(Sample("a", {}), answer("a", exit_name, confidence, label, **rest), steps), exits)
@@ -112,6 +113,15 @@ def test_which_story_a_trace_tells():
     assert story("image", ("mug", 0.99), skipped=()) is None  # there was nothing to skip
     assert story("image", ("mug", 0.99), status="partial") is None
     assert story("all", ("mug", 0.99), exits=("all",)) is None  # no exits, no story
+
+
+def test_what_saw_nothing_more_settles_nothing():
+    disagreed = (("mug", 0.8), ("lamp", 0.8), ("lamp", 0.97))
+    no_sound = [("image",), ("image", "text"), ("image", "text")]
+    assert story("all", *disagreed, opened=no_sound) is None
+    deep = ("image", "image+text", "head.layer1", "all")
+    whole = [("image",), ("image", "text"), ("image", "text", "audio"), ("image", "text", "audio")]
+    assert story("all", *disagreed, ("lamp", 0.98), exits=deep, opened=whole).kind == "settled"
 
 
 def test_a_label_that_changed_makes_the_better_story():

@@ -35,6 +35,23 @@ def test_every_kind_becomes_rgb(tmp_path: Path, kind: str, mode: str) -> None:
         assert np.array_equal(np.asarray(result), np.asarray(original.convert("RGB")))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_a_grey_file_may_stay_grey(kind: str) -> None:
+    data = encoded(picture(mode="L"), kind)
+    grey, colour = load("image", data, grey=True), load("image", data)
+    assert (grey.mode, colour.mode) == ("L", "RGB")
+    assert np.array_equal(np.asarray(colour.convert("L")), np.asarray(grey))
+    assert load("image", encoded(picture(mode="RGB"), kind), grey=True).mode == "RGB"
+
+
+def test_grey_that_is_deep_or_clear_becomes_rgb_all_the_same() -> None:
+    deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    half = Image.merge("LA", [Image.new("L", (2, 2), 0), Image.new("L", (2, 2), 128)])
+    for source in (encoded(deep, "PNG"), encoded(half, "PNG"), encoded(Image.new("L", (2, 2)), "PNG", transparency=0)):
+        assert load("image", source, grey=True).mode == "RGB"
+        assert load("image", source, grey=True).tobytes() == load("image", source).tobytes()
+
+
 def test_upright() -> None:
     pixels = np.zeros((4, 6, 3), np.uint8)
     pixels[0, 0] = 255  # a white corner, top left as stored

@@ -210,7 +210,7 @@ class Engine:
         several = media.Ahead(
             workers,
             items_ahead=2 * rows,
-            beside=_beside(resolved, workers),
+            beside=decoders_beside(resolved, workers),
             computing=executor.at_work,
         )
         with media.Here() if alone else several as ahead:
@@ -221,10 +221,11 @@ class Engine:
                     recall.store.flush()
 
 
-def _beside(resolved: Resolved, workers: int) -> int:
+def decoders_beside(resolved: Resolved, workers: int) -> int:
     """Decoders that go on while a segment is computed. Where that takes every core, none: each would hold up a thread
     of the segment, and all its others with it (with two cores 7% of a folder's time). Where a GPU computes, all."""
     if resolved.device != "cpu":
         return workers
-    fills = resolved.processes > 1 or (resolved.streams == "caller" and resolved.threads > 1 and workers <= _TAKE_TURNS)
+    every = resolved.streams == "caller" and workers <= resolved.threads
+    fills = resolved.processes > 1 or (every and workers <= _TAKE_TURNS)
     return 0 if fills else max(1, workers // 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from support import shop
 
 from mmpipe import Pipeline
+from mmpipe.engine import decoders_beside
 from mmpipe.explain import collect
 from mmpipe.fingerprints import model_fingerprint
 from mmpipe.media import View, image
@@ -175,3 +177,19 @@ def test_each_header_is_read_once_and_the_bound_is_kept(weights, tmp_path, monke
     assert [answer.status for answer in answers] == ["ok"] * 24
     assert len(headers) <= 24 + 4  # and four rows for the parity gate
     assert most[0] == 1 or (not narrow and most[0] > 1)
+
+
+@pytest.mark.parametrize(
+    ("processes", "streams", "threads", "workers", "beside"),
+    [
+        *((2, "caller", 1, 1, 0), (1, "caller", 1, 1, 0), (1, "caller", 2, 2, 0)),
+        *((1, "lanes", 1, 2, 1), (1, "caller", 8, 8, 4)),
+    ],
+)
+def test_decoding_and_computing_take_turns_where_computing_takes_every_core(
+    processes: int, streams: str, threads: int, workers: int, beside: int
+) -> None:
+    resolved = SimpleNamespace(device="cpu", processes=processes, streams=streams, threads=threads)
+    assert decoders_beside(resolved, workers) == beside  # type: ignore[arg-type]
+    resolved.device = "cuda"
+    assert decoders_beside(resolved, workers) == workers  # type: ignore[arg-type]

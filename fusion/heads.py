@@ -114,7 +114,9 @@ class _Layer(nn.Module):
 def _drawn(*shape: int) -> nn.Parameter:
     """Small normal values; none on the meta device, where drawing them would import PyTorch's compiler: a second."""
     values = nn.Parameter(torch.empty(shape))
-    return values if values.is_meta else nn.init.normal_(values, std=0.02)
+    if not values.is_meta:
+        nn.init.normal_(values, std=0.02)
+    return values
 
 
 class TransformerHead(nn.Module):

@@ -203,8 +203,7 @@ def prepare_photo(image: Any) -> dict[str, Tensor]:
     """PIL image, RGB or L → photo uint8 [1, 28, 28], grey, squeezed to a square."""
     from PIL import Image
 
-    grey = image if image.mode == "L" else image.convert("L")
-    small = grey.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BOX)
+    small = image.convert("L").resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BOX)
     return {"photo": torch.from_numpy(np.array(small, np.uint8)[None])}
 
 

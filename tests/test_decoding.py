@@ -187,9 +187,9 @@ def test_each_header_is_read_once_and_the_bound_is_kept(weights, tmp_path, monke
     ],
 )
 def test_decoding_and_computing_take_turns_where_computing_takes_every_core(
-    processes: int, streams: str, threads: int, workers: int, beside: int
-) -> None:
+    processes, streams, threads, workers, beside
+):
     resolved = SimpleNamespace(device="cpu", processes=processes, streams=streams, threads=threads)
-    assert decoders_beside(resolved, workers) == beside  # type: ignore[arg-type]
+    assert decoders_beside(resolved, workers) == beside
     resolved.device = "cuda"
-    assert decoders_beside(resolved, workers) == workers  # type: ignore[arg-type]
+    assert decoders_beside(resolved, workers) == workers

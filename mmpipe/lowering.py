@@ -272,7 +272,7 @@ class Lowering:
             kernels.load(compiled_folder())
         except Unlowerable as error:
             return choice, f"not native: {error}", None
-        return replace(choice, backend="native"), "native: attention and norms compiled for this processor", None
+        return replace(choice, backend="native"), "native: attention, MLPs and norms compiled for this processor", None
 
     def _eager(self, large: bool) -> Choice:
         """The plain backend, in the type that is configured, else in the one that pays."""

@@ -239,7 +239,7 @@ def test_attention_is_compiled_where_a_job_wins_it_back(attentive):
     assert loaded == []
     backend, why, pays_from = chosen(pipeline, pays_from)
     assert (backend, pays_from) == ("native", None)
-    assert "native: attention and norms compiled for this processor" in why
+    assert "native: attention, MLPs and norms compiled for this processor" in why
     assert len(loaded) == 1
 
 

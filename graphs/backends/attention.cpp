@@ -6,24 +6,16 @@
 //
 // Tiles: A 16 rows of 32 bfloat16; B 16 rows of 16 pairs (two numbers that are added up side by side); C 16 x 16 float32.
 
-#if defined(__clang__) || !defined(__GNUC__)
-#error "GCC is needed: another compiler's OpenMP would bring a second pool of threads beside PyTorch's"
-#endif
+#include "tiles.h"
 
-#include <immintrin.h>
-#include <omp.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 namespace {
 
-typedef uint16_t bf16;
 enum Mask { NONE, BASE2, SHORT, KEPT };  // float32, times log2(e) already; bfloat16, as it is; bytes, 0: not looked at
 
-const float LOG2E = 1.44269504f, LOWEST = -2e38f, LEAST = -3.4e38f;
+const float LOWEST = -2e38f, LEAST = -3.4e38f;
 const long MOST_QUERIES = 64;
 
 struct Matrix {  // [batch, head, token, …], the last dimension dense; strides in numbers
@@ -31,28 +23,7 @@ struct Matrix {  // [batch, head, token, …], the last dimension dense; strides
     long batch, head, token;
 };
 
-struct alignas(64) TileConfig {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 inline uint32_t first(long count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
-// 2^x for x <= 0, within 2e-7 of it. Minus infinity gives 0: scalef(NaN, -inf) is +0 by its definition.
-inline __m512 exp2(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 part = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.33336498402e-3f);
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.61813770135e-3f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.55035711034e-2f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(2.40226510709e-1f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(6.93147182465e-1f));
-    p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, whole);
-}
 
 // 16 rows of 16 words → their columns
 inline void transpose(const __m512i *rows, uint32_t *to) {
@@ -253,11 +224,9 @@ extern "C" int attention(const Call *call) {
         bf16 *const factors = (bf16 *)take(factor_bytes);
         float *const out = (float *)take(out_bytes), sums[MOST_QUERIES] = {};
 
-        TileConfig before, all = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
         const unsigned control = _mm_getcsr();
         _mm_setcsr(control | 0x8040);  // numbers below 2^-126 are zero: masks of -100 make many, each a hundred cycles
-        _tile_storeconfig(&before);  // whoever uses tiles on this thread too finds them as they were
-        _tile_loadconfig(&all);
+        const Tiles tiles;
 #pragma omp for schedule(static)
         for (long n = 0; n < call->batch * heads; n++) {
             const long b = n / heads, h = n % heads;
@@ -302,7 +271,6 @@ extern "C" int attention(const Call *call) {
                 }
             }
         }
-        _tile_loadconfig(&before);
         _mm_setcsr(control);
     }
     free(space);

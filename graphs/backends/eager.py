@@ -32,10 +32,18 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     return written(segment, joined(module, target), examples)
 
 
-def joined(module: fx.GraphModule, target: Target) -> fx.GraphModule:
-    """A segment's module in the target's type, with the operations that it will be computed by."""
+def joined(
+    module: fx.GraphModule, target: Target, ours: Callable[[fx.GraphModule], None] = lambda short: None
+) -> fx.GraphModule:
+    """A segment's module in the target's type, with the operations that it will be computed by.
+
+    `ours` puts operations of its own into the copy before the products that are left are packed; matrices of linear
+    layers may still be float32 then.
+    """
     packs = target.dtype == torch.bfloat16 and available()
     short = lowered(module, target.dtype, matrices=not packs)
+    if short is not module:
+        ours(short)
     if packs:
         short = packed(short)
     return convolved(short, target.rows)

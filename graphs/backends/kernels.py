@@ -1,7 +1,7 @@
 """Code of our own for the processor: C++ that is compiled once on a machine, kept, and loaded.
 
-layer_norm.cpp is for processors with AVX-512 for bfloat16, attention.cpp for those that have AMX too: written for
-AVX-512 alone it was no faster than PyTorch's. Both need Linux and, the first time, GCC.
+layer_norm.cpp is for processors with AVX-512 for bfloat16, attention.cpp and mlp.cpp for those that have AMX too:
+written for AVX-512 alone attention was no faster than PyTorch's. All need Linux and, the first time, GCC.
 """
 
 from __future__ import annotations
@@ -24,15 +24,23 @@ from torch import Tensor
 from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.backends import Unlowerable
 
-SECONDS = 2.0  # that compiling takes, about
+SECONDS = 2.5  # that compiling takes, about
 MOST_KEYS = 1024  # a block's scores stay in the second cache
 MOST_WIDTH = 256
 
 MOST_NORMED = 4096  # width of a layer norm
+COLUMNS = 32  # the widths of an MLP are multiples of it
+
+ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4}  # as mlp.cpp counts them
 
 _VECTORS = ("fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")  # as /proc/cpuinfo has them
 _TILES = ("amx_tile", "amx_bf16")
-_SOURCES = {"layer_norm.cpp": _VECTORS, "attention.cpp": (*_VECTORS, *_TILES)}  # what each needs
+_SOURCES = {  # what each needs
+    "layer_norm.cpp": _VECTORS,
+    "attention.cpp": (*_VECTORS, *_TILES),
+    "mlp.cpp": (*_VECTORS, *_TILES),
+}
+_SHARED = ("tiles.h",)
 _WITHOUT_TILES = ("AVX512_CORE_BF16", "AVX512_CORE_FP16")  # of oneDNN's limits, those that leave bfloat16
 _OPTIONS = {"avx512_bf16": "-mavx512bf16", "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}  # GCC's names
 # no contraction: last bits would be the compiler's choice
@@ -61,6 +69,15 @@ class _Call(ctypes.Structure):
             for name in ("batch", "heads", "queries", "keys", "width", "period", "kind", "threads")
         ),
         ("scale", ctypes.c_float),
+    )
+
+
+class _MlpCall(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "other", "to", "first", "second")),
+        *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias", "norm_weight", "norm_bias")),
+        *((name, ctypes.c_long) for name in ("rows", "width", "between", "columns", "activation", "threads")),
+        ("eps", ctypes.c_float),
     )
 
 
@@ -115,6 +132,7 @@ def _load(folder: Path | None) -> None:
     made.layer_norm.restype = None
     if "attention.cpp" in sources():
         made.attention.argtypes = [ctypes.POINTER(_Call)]
+        made.mlp.argtypes = [ctypes.POINTER(_MlpCall)]
         if made.attention_begin():
             raise Unlowerable("the system does not lend this process AMX's tiles")
     _library = made
@@ -189,9 +207,56 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, order: Tenso
     return out
 
 
+def tiled(matrix: Tensor) -> Tensor:
+    """A product's bfloat16 weight [columns, depth], multiples of COLUMNS, as mlp.cpp reads it: the same numbers."""
+    columns, depth = matrix.shape
+    parts = matrix.view(columns // 32, 2, 16, depth // 32, 16, 2)
+    return parts.permute(0, 3, 1, 4, 2, 5).contiguous().view(columns, depth)
+
+
+def mlp(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    activation: int,
+    other: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """second · activation(first · x + first_bias) + second_bias + other, what is between them rounded to bfloat16.
+
+    x, other: bfloat16 […, width], […, columns]. first, second: `tiled` weights [between, width], [columns, between];
+    biases: float32. activation: one of ACTIVATIONS'. norm: weight, bias (float32) and eps of a layer norm that x goes
+    through first. Raises MemoryError.
+    """
+    assert _library is not None
+    x = x.to(torch.bfloat16).contiguous()
+    (between, width), columns = first.shape, len(second)
+    if other is not None:
+        other = other.to(torch.bfloat16).contiguous()
+    out = x.new_empty(*x.shape[:-1], columns)
+    call = _MlpCall(
+        *(x.data_ptr(), None if other is None else other.data_ptr(), out.data_ptr()),
+        *(part.data_ptr() for part in (first, second, first_bias, second_bias)),
+        rows=x.numel() // width,
+        width=width,
+        between=between,
+        columns=columns,
+        activation=activation,
+        threads=torch.get_num_threads(),
+    )
+    if norm is not None:
+        weight, bias, call.eps = norm
+        call.norm_weight, call.norm_bias = weight.data_ptr(), bias.data_ptr()
+    if _library.mlp(call):
+        raise MemoryError("an MLP's buffers")
+    return out
+
+
 def _name() -> str:
     """By what it is made of: another source, or other flags, is another artefact."""
-    made_of = b"".join(_path(name).read_bytes() for name in sources())
+    made_of = b"".join(_path(name).read_bytes() for name in (*_SHARED, *sources()))
     made_of += repr([_FLAGS, _options(), os.environ.get("CXX", "")]).encode()
     return f"native-{hashlib.sha256(made_of).hexdigest()[:32]}.so"
 

@@ -3,16 +3,11 @@
 // A row is widened once, and stays in registers or in the first cache; mean, then variance about it, in float32. Rows
 // can be put in another order on their way. A row's bits depend on its own numbers alone.
 
-#include <immintrin.h>
-#include <stdint.h>
+#include "tiles.h"
 
 namespace {
 
-typedef uint16_t bf16;
-
 const long MOST_WIDTH = 4096;
-
-inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 struct Factors {
     const float *weight, *bias;  // of ones and zeros where a norm has none

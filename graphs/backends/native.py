@@ -1,9 +1,10 @@
-"""The plain backend with attention and layer norms in code of our own (kernels.py), in bfloat16.
+"""The plain backend with attention, MLPs and layer norms in code of our own (kernels.py), in bfloat16.
 
 PyTorch's attention is made for long sequences: of the few dozen patches, words or frames that an encoder sees, most of
 its time goes into calls of small products. Ours keeps a head of a sample in the first cache from its scores to its
-result. PyTorch's norm takes three to four times as long as reading and writing the rows does; ours up to twice, and
-puts them in the order of the next windows on their way.
+result. oneDNN writes what is between an MLP's two products to memory, and takes a GELU three times as slowly as ours
+does (mlps.py). PyTorch's norm takes three to four times as long as reading and writing the rows does; ours up to twice,
+and puts them in the order of the next windows on their way (norms.py).
 """
 
 from __future__ import annotations
@@ -18,24 +19,18 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
 from mmpipe.graphs.backends.eager import joined, written
-from mmpipe.graphs.backends.kernels import (
-    MOST_KEYS,
-    MOST_NORMED,
-    MOST_WIDTH,
-    attention,
-    base2,
-    layer_norm,
-    load,
-    sources,
-)
+from mmpipe.graphs.backends.kernels import MOST_KEYS, MOST_WIDTH, attention, base2, load, sources
+from mmpipe.graphs.backends.mlps import found, join_mlps
+from mmpipe.graphs.backends.norms import norms, plain_factors, put, replace_norm
 from mmpipe.graphs.cost import size_of
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 from mmpipe.graphs.plan import Segment
 
 aten = torch.ops.aten
 
-# Saved for each pair of a query and a key, and for each number that is normed: at least, on two cores of a Xeon.
-_SCORE_S, _NORMED_S = 0.7e-9, 0.3e-9
+# Saved for each pair of a query and a key, each number that is normed, each between an MLP's products: at least, on two
+# cores of a Xeon.
+_SCORE_S, _NORMED_S, _BETWEEN_S = 0.7e-9, 0.3e-9, 0.15e-9
 
 
 def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> Lowered:
@@ -47,7 +42,12 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     load(target.folder)
     if not saved_seconds(module):
         raise Unlowerable(f"native has nothing to compute in {segment.name}")
-    return written(segment, replaced(joined(module, target), module), examples)
+    return written(segment, with_kernels(module, target), examples)
+
+
+def with_kernels(module: fx.GraphModule, target: Target) -> fx.GraphModule:
+    """A segment's module in bfloat16, with these operations."""
+    return replaced(joined(module, target, join_mlps), module)
 
 
 def saved_seconds(module: fx.GraphModule) -> float:
@@ -57,7 +57,9 @@ def saved_seconds(module: fx.GraphModule) -> float:
         if _attends(node):
             query, key = (mark_of(part).shape or () for part in node.args[:2])
             total += _SCORE_S * _numbers((*query[:3], key[2]))
-        elif _norms(node):
+        elif (one := found(module, node)) is not None:
+            total += _BETWEEN_S * _numbers(mark_of(one.first).shape or ())
+        elif norms(node):
             total += _NORMED_S * _numbers(mark_of(node).shape or ())
     return total
 
@@ -75,62 +77,12 @@ def replaced(short: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
             continue
         if _attends(node):
             _attend(made, module, node)
-        elif _norms(node) and _plain_factors(made, node):
-            _norm(made, node)
+        elif norms(node) and plain_factors(made, node):
+            replace_norm(made, node)
     made.graph.eliminate_dead_code()
     drop_unread_tensors(made)
     made.recompile()
     return made
-
-
-def _put(graph: fx.Graph, node: fx.Node, function: Any, arguments: tuple[Any, ...]) -> None:
-    with graph.inserting_before(node):
-        made = graph.call_function(function, arguments)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
-
-
-# --- layer norms ------------------------------------------------------------------------------------------------------
-
-
-def _norms(node: fx.Node) -> bool:
-    if node.target is not aten.layer_norm.default or len(node.args) < 4 or None in node.args[2:4]:
-        return False
-    shape, normed = mark_of(node).shape, node.args[1]
-    if shape is None or not isinstance(normed, (list, tuple)) or list(normed) != [shape[-1]]:
-        return False
-    return all(isinstance(size, int) for size in shape[1:]) and 0 < int(shape[-1]) <= MOST_NORMED
-
-
-def _plain_factors(made: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether its weight and bias are float32 numbers side by side."""
-    factors: Any = node.args[2:4]
-    if any(factor.op != "get_attr" for factor in factors):
-        return False
-    tensors = [get_tensor(made, str(factor.target)) for factor in factors]
-    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
-
-
-def _norm(made: fx.GraphModule, node: fx.Node) -> None:
-    """With the choice of rows that alone reads it, if one does."""
-    eps: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)
-    x, _, weight, bias = node.args[:4]
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user.target is not aten.index_select.default or not _picks(made, user):
-        _put(made.graph, node, layer_norm, (x, weight, bias, eps))
-        return
-    _put(made.graph, user, layer_norm, (x, weight, bias, eps, user.args[2]))
-    made.graph.erase_node(node)
-
-
-def _picks(made: fx.GraphModule, select: fx.Node) -> bool:
-    """Whether it picks rows of each sample, always the same."""
-    order: Any = select.args[2]
-    if select.args[1] != 1 or len(mark_of(select).shape or ()) != 3 or order.op != "get_attr":
-        return False
-    tensor = get_tensor(made, str(order.target))
-    return tensor.dtype == torch.int64 and tensor.ndim == 1 and tensor.is_contiguous()
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -166,9 +118,9 @@ def _attend(made: fx.GraphModule, module: fx.GraphModule, node: fx.Node) -> None
         with made.graph.inserting_before(node):
             known = _constant(made, module, mask)
         if known is not None:
-            _put(made.graph, node, attention, (*node.args[:3], known, scale, True))
+            put(made.graph, node, attention, (*node.args[:3], known, scale, True))
             return
-    _put(made.graph, node, attention, (*node.args[:3], mask, scale))
+    put(made.graph, node, attention, (*node.args[:3], mask, scale))
 
 
 def _many(count: int | str) -> str:

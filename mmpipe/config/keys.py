@@ -188,7 +188,7 @@ class RuntimeConfig(_Keys):
     backend: Literal["auto", "eager", "native", "inductor", "openvino", "onnx", "tensorrt"] = Field(
         default="auto",
         description="What a segment of the graph is lowered to. `eager`: PyTorch's operations, one after the other; "
-        "`native`: these, with attention compiled for this processor (AMX, bfloat16; GCC, once).",
+        "`native`: these, with attention, MLPs and norms compiled for this processor (AMX, bfloat16; GCC, once).",
     )
     schedule: Literal["auto", "cascade", "parallel"] = Field(
         default="auto",

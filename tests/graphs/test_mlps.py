@@ -1,0 +1,221 @@
+"""A transformer's MLP as one operation of our own, against PyTorch's in float32; and where it is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.lowering import tiles_here
+from torch import nn
+
+from mmpipe.graphs.backends import Target, examples_of, kernels, lower, native
+from mmpipe.graphs.capture import capture
+from mmpipe.graphs.cut import cut
+from mmpipe.graphs.fuse import fuse
+from mmpipe.graphs.passes import optimise
+from mmpipe.runtime.executor import threads_of
+
+PLAINLY = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def loaded(folder):
+    kernels.load(folder)
+
+
+class Weights:
+    def __init__(self, width, between, columns, seed=0):
+        make = torch.Generator().manual_seed(seed)
+        self.width, self.columns, self.make = width, columns, make
+        self.first = (torch.randn(between, width, generator=make) / width**0.5).to(torch.bfloat16)
+        self.second = (torch.randn(columns, between, generator=make) / between**0.5).to(torch.bfloat16)
+        self.biases = torch.randn(between, generator=make), torch.randn(columns, generator=make)
+
+    def rows(self, *shape):
+        """→ x, what is added."""
+        return tuple(torch.randn(*shape, n, generator=self.make).to(torch.bfloat16) for n in (self.width, self.columns))
+
+    def norm(self):
+        return torch.randn(self.width, generator=self.make), torch.randn(self.width, generator=self.make), 1e-5
+
+    def ours(self, x, activation="gelu", other=None, norm=None):
+        first, second = kernels.tiled(self.first), kernels.tiled(self.second)
+        number = kernels.ACTIVATIONS[activation]
+        return kernels.mlp(x, first, self.biases[0], second, self.biases[1], number, other, norm)
+
+    def wanted(self, x, activation="gelu", other=None, norm=None):
+        x = x.float()
+        if norm is not None:
+            x = torch.layer_norm(x, [self.width], norm[0], norm[1], norm[2]).to(torch.bfloat16).float()
+        between = PLAINLY[activation](nn.functional.linear(x, self.first.float(), self.biases[0]))
+        found = nn.functional.linear(between.to(torch.bfloat16).float(), self.second.float(), self.biases[1])
+        return found if other is None else found + other.float()
+
+
+def close(found, want):
+    """Within what rounding the result, and what is between the products, to bfloat16 does."""
+    assert found.shape == want.shape
+    return bool((found.float() - want).abs().max() <= 2**-7 * want.abs().max())
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("sizes", [(32, 32, 32), (96, 384, 96), (64, 128, 32), (32, 64, 96), (384, 1536, 384)])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 100, 600])
+def test_every_shape_is_pytorchs(sizes, rows):
+    weights = Weights(*sizes)
+    x, other = weights.rows(rows)
+    for activation in kernels.ACTIVATIONS:
+        assert close(weights.ours(x, activation), weights.wanted(x, activation))
+    assert close(weights.ours(x, other=other), weights.wanted(x, other=other))
+    norm = weights.norm()
+    assert close(weights.ours(x, other=other, norm=norm), weights.wanted(x, other=other, norm=norm))
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("activation", list(kernels.ACTIVATIONS))
+def test_activations_are_exact_to_a_rounding(activation):
+    weights = Weights(32, 32, 32)
+    weights.first = weights.second = torch.eye(32).to(torch.bfloat16)
+    weights.biases = torch.zeros(32), torch.zeros(32)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # all there are
+    x = every[every.isfinite() & ((every.abs() > 1e-30) | (every == 0)) & (every.abs() < 1e30)]
+    x = torch.cat([x, torch.zeros(-len(x) % 32, dtype=x.dtype)]).view(-1, 32)
+    want = PLAINLY[activation](x.float())
+    assert bool(((weights.ours(x, activation).float() - want).abs() <= 2**-8 * want.abs() + 2.5e-5).all())
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("normed", [False, True])
+def test_rows_are_their_own_in_any_order_batch_and_number_of_threads(normed):
+    weights = Weights(96, 384, 96)
+    x, other = weights.rows(9, 90)  # few enough for threads to share a row's columns, or not, by their number
+    norm = weights.norm() if normed else None
+    found = weights.ours(x, other=other, norm=norm)
+    for threads in (1, 2, 3, 8):
+        with threads_of(threads):
+            assert torch.equal(weights.ours(x, other=other, norm=norm), found)
+    order = torch.randperm(9)
+    assert torch.equal(weights.ours(x[order], other=other[order], norm=norm), found[order])
+    for n in range(9):
+        assert torch.equal(weights.ours(x[n : n + 1], other=other[n : n + 1], norm=norm), found[n : n + 1])
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(weights.ours(turned, other=other, norm=norm), found)
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+def test_a_row_that_is_no_number_spoils_no_other():
+    weights = Weights(64, 128, 64)
+    x, _ = weights.rows(70)
+    for activation in kernels.ACTIVATIONS:
+        found = weights.ours(x, activation)
+        spoiled = x.clone()
+        spoiled[65, 3] = float("nan")
+        seen = weights.ours(spoiled, activation)
+        assert seen[65].isnan().all()
+        seen[65] = found[65]
+        assert torch.equal(seen, found)
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+def test_results_too_large_for_a_cache_are_the_same():
+    weights = Weights(32, 64, 64)
+    x, other = weights.rows(20_000)  # 2.5 MB
+    for threads in (1, 2):
+        with threads_of(threads):
+            found = weights.ours(x, other=other)
+            some = slice(7_001, 7_101)
+            assert torch.equal(found[some], weights.ours(x[some], other=other[some]))
+            assert close(found, weights.wanted(x, other=other))
+    assert weights.ours(x[:0]).shape == (0, 64)
+
+
+class Quick(nn.Module):
+    """As OpenAI's CLIP has it; `rate` 1.702, or it is another activation."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.rate * x)
+
+
+class Block(nn.Module):
+    """One of a transformer's, without attention, in forms that models have and in some that ours is not made for."""
+
+    TAKEN = ("normed first", "normed after", "bare", "tanh", "relu", "quick")
+    LEFT = ("silu", "narrow", "read twice", "quicker")
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.form = form
+        between = 80 if form == "narrow" else 128
+        self.into, self.norm = nn.Linear(32, 64), nn.LayerNorm(64)
+        self.first, self.second = nn.Linear(64, between, bias=form != "bare"), nn.Linear(between, 64)
+        kinds = {"silu": nn.SiLU(), "relu": nn.ReLU(), "tanh": nn.GELU(approximate="tanh")}
+        kinds |= {"quick": Quick(1.702), "quicker": Quick(2.0)}
+        self.activation = kinds.get(form, nn.GELU())
+
+    def forward(self, x):
+        x = self.into(x)
+        between = self.activation(self.first(self.norm(x) if self.form == "normed first" else x))
+        found = self.second(between)
+        if self.form == "normed first":
+            found = x + found
+        if self.form == "normed after":
+            found = self.norm(found + x)
+        if self.form == "read twice":
+            found = found + between[..., :64]
+        return found.mean(1)
+
+
+def lowered_block(form, folder):
+    module = Block(form).eval()
+    graph = fuse([capture(module, {"x": torch.zeros(10, 32)}, name="image")], None, [])
+    optimise(graph)
+    made = cut(graph)
+    (segment,) = made.plan.segments
+    inner, target = made.modules[segment.name], Target(4, torch.bfloat16, folder=folder)
+    nodes = [node for node in native.with_kernels(inner, target).graph.nodes if node.target is kernels.mlp]
+    saves = native.saved_seconds(inner) > 0
+    run = lower("native" if saves else "eager", segment, inner, target, examples_of(made.plan, segment, 4))
+    return module, nodes, run
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("form", Block.TAKEN)
+def test_an_mlp_takes_the_norm_before_it_and_what_is_added(form, folder):
+    module, nodes, run = lowered_block(form, folder)
+    (node,) = nodes
+    assert (node.args[6] is not None) == (form in ("normed first", "normed after"))
+    assert (node.args[7] is not None) == (form == "normed first")
+    x = torch.randn(4, 10, 32)
+    with torch.no_grad():
+        assert close(run(x)[0], module(x))
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("form", Block.LEFT)
+def test_what_it_is_not_made_for_is_left_to_onednn(form, folder):
+    module, nodes, run = lowered_block(form, folder)
+    assert not nodes
+    x = torch.randn(4, 10, 32)
+    with torch.no_grad():
+        assert close(run(x)[0], module(x))

@@ -5,7 +5,7 @@
 Both run in this process, one after the other, the order changing from round to round; ratios are of neighbours, their
 median and range are told. `decode + compute` is what run.json counts on the workers and in the segments; `cores` is all
 that the process spent, the job's own bookkeeping included; `wall` is what one waits for. Nothing is kept between runs;
-malloc keeps what is freed, as `mmpipe run` lets it.
+memory is had and kept as `mmpipe run` has and keeps it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from mmpipe import Pipeline
-from mmpipe.fusion.binomial import lower_limit, upper_limit
-from mmpipe.loading import keep_freed_memory
-from mmpipe.truth import read_truth
+from mmpipe.loading import keep_freed_memory, use_huge_pages
+
+use_huge_pages()  # before torch is there
+
+from mmpipe import Pipeline  # noqa: E402
+from mmpipe.fusion.binomial import lower_limit, upper_limit  # noqa: E402
+from mmpipe.truth import read_truth  # noqa: E402
 
 ALIKE = ("runtime.cache=off", "fusion.audit.share=0", "fusion.deliberate=null")
 WITHOUT = ("fusion.exits=[]", "fusion.calibration=null")

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from mmpipe.graphs.fuse import FusedGraph, get_tensor, inputs_of, mark_edits, mark_of, outputs_of, set_tensor
+from mmpipe.graphs.late import LateModule
 from mmpipe.graphs.plan import HEAD, Branch, Exit, GraphError, Plan, Segment, Value
 
 aten = torch.ops.aten
@@ -253,6 +254,6 @@ def _segment(
         writes=tuple(node.name for node in writes),
         nodes=len(nodes),
     )
-    module = fx.GraphModule(root, made, segment.name.replace("@", "_"))
+    module = LateModule(root, made, segment.name.replace("@", "_"))
     module.eval()
     return segment, module

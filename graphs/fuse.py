@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmpipe.graphs.capture import Captured
+from mmpipe.graphs.late import LateModule
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError, Mark
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ class ExitSpec:
     probe: Probe | None = None
 
 
-class FusedGraph(fx.GraphModule):
+class FusedGraph(LateModule):
     """The fused graph. `version` counts recompilations, so that who cut it knows when it was edited."""
 
     version = 0

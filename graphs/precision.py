@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, reach, set_tensor
+from mmpipe.graphs.late import LateModule
 
 aten = torch.ops.aten
 
@@ -60,7 +61,7 @@ def lowered(module: fx.GraphModule, dtype: torch.dtype, *, mixed: bool = True, m
     if dtype == torch.float32:
         return module
     # weights are shared with the original, not copied: most are replaced
-    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    made = LateModule(module, copy.deepcopy(module.graph))
     _Lowering(made, dtype, mixed, matrices).run()
     made.graph.eliminate_dead_code()
     drop_unread_tensors(made)

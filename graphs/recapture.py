@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from mmpipe.graphs import plain
 from mmpipe.graphs.capture import Captured
 from mmpipe.graphs.fuse import get_tensor
+from mmpipe.graphs.late import LateModule
 
 
 def forget_weights(captured: Captured, module: nn.Module) -> bytes:
@@ -49,7 +50,7 @@ def with_weights(content: bytes, module: nn.Module) -> Captured:
     tensors = {
         target: own[found] if isinstance(found, str) else _read(found) for target, found in about["tensors"].items()
     }
-    graph = fx.GraphModule(tensors, plain.read(about["nodes"]))
+    graph = LateModule(tensors, plain.read(about["nodes"]))
     return Captured(about["name"], graph, tuple(about["inputs"]), about["outputs"], about["layers"])
 
 

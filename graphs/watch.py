@@ -9,6 +9,7 @@ from torch import fx
 
 from mmpipe.graphs.cut import Cut
 from mmpipe.graphs.fuse import FusedGraph, layer_output, mark_of
+from mmpipe.graphs.late import LateModule
 from mmpipe.graphs.plan import GraphError
 
 
@@ -62,4 +63,4 @@ def with_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule
             raise GraphError(f"{node.name}: has not one row for each sample")
     assert isinstance(returned, tuple)
     graph.output((*returned, *(env[node] for node in inner)))
-    return fx.GraphModule(module, graph, module.__class__.__name__).eval()
+    return LateModule(module, graph, module.__class__.__name__).eval()

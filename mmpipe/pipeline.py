@@ -112,6 +112,7 @@ class Pipeline:
     def graph(self) -> FusedGraph:
         """The fused torch.fx.GraphModule. What runs is cut from it: edit it, call its `recompile()`, and the next run
         is cut anew."""
+        self._built.graph.write()  # another compiler may be about to look at its code
         return self._built.graph
 
     @property

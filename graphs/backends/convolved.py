@@ -21,6 +21,7 @@ from torch import fx
 from mmpipe.graphs.backends.packed import ACTIVATIONS, added, form_of, put_in_place
 from mmpipe.graphs.backends.packed import available as multiplies_bfloat16
 from mmpipe.graphs.fuse import get_tensor, mark_of
+from mmpipe.graphs.late import LateModule
 
 aten = torch.ops.aten
 
@@ -39,7 +40,7 @@ def convolved(module: fx.GraphModule, rows: int) -> fx.GraphModule:
         return module
     if not any(_fits(module, node, rows) for node in module.graph.nodes):
         return module
-    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    made = LateModule(module, copy.deepcopy(module.graph))
     for node in list(made.graph.nodes):
         if _fits(made, node, rows):
             _join(made, node)

@@ -24,6 +24,7 @@ from mmpipe.graphs.backends.mlps import found, join_mlps
 from mmpipe.graphs.backends.norms import norms, plain_factors, put, replace_norm
 from mmpipe.graphs.cost import size_of
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
+from mmpipe.graphs.late import LateModule
 from mmpipe.graphs.plan import Segment
 
 aten = torch.ops.aten
@@ -71,7 +72,7 @@ def _numbers(shape: Sequence[int | str]) -> int:
 
 def replaced(short: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a lowered module, sharing its weights; constant masks are those of `module`, in float32."""
-    made = fx.GraphModule(short, copy.deepcopy(short.graph))
+    made = LateModule(short, copy.deepcopy(short.graph))
     for node in list(made.graph.nodes):
         if any(mark_of(part).dtype != torch.bfloat16 for part in (node, *node.all_input_nodes[:1])):
             continue

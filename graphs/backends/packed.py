@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
+from mmpipe.graphs.late import LateModule
 from mmpipe.graphs.precision import once, shortened
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def packed(module: fx.GraphModule) -> fx.GraphModule:
     """
     if not available() or not any(_fits(module, node) or _is_long(module, node) for node in module.graph.nodes):
         return module
-    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    made = LateModule(module, copy.deepcopy(module.graph))
     for node in list(made.graph.nodes):
         if _fits(made, node):
             _pack(made, node)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from mmpipe.graphs.fuse import reach
+from mmpipe.graphs.late import LateModule
 
 aten = torch.ops.aten
 
@@ -47,7 +48,7 @@ def as_products(module: fx.GraphModule) -> fx.GraphModule:
     what has no transform. The module itself where there are none."""
     if not any(node.target is aten.fft_rfft.default for node in module.graph.nodes):
         return module
-    made = fx.GraphModule(module, copy.deepcopy(module.graph))
+    made = LateModule(module, copy.deepcopy(module.graph))
     for node in list(made.graph.nodes):
         if node.target is aten.view_as_real.default:
             _as_product(made, node)
@@ -116,4 +117,4 @@ def _part(
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return fx.GraphModule(module, graph).eval()
+    return LateModule(module, graph).eval()

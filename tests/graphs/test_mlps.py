@@ -22,16 +22,6 @@ PLAINLY = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture
-def loaded(folder):
-    kernels.load(folder)
-
-
 class Weights:
     def __init__(self, width, between, columns, seed=0):
         make = torch.Generator().manual_seed(seed)
@@ -140,7 +130,7 @@ def test_results_too_large_for_a_cache_are_the_same():
             some = slice(7_001, 7_101)
             assert torch.equal(found[some], weights.ours(x[some], other=other[some]))
             assert close(found, weights.wanted(x, other=other))
-    assert weights.ours(x[:0]).shape == (0, 64)
+            assert weights.ours(x[:0]).shape == (0, 64)
 
 
 class Quick(nn.Module):

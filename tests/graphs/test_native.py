@@ -24,17 +24,6 @@ plainly = nn.functional.scaled_dot_product_attention
 LOWEST = torch.finfo(torch.bfloat16).min
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What is compiled is compiled once."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture
-def loaded(folder):
-    kernels.load(folder)
-
-
 def heads(batch, count, tokens, width, seed=0, spread=1.0):
     """As an encoder's product leaves them: tokens first, all heads of a token side by side."""
     made = torch.randn(batch, tokens, count * width, generator=torch.Generator().manual_seed(seed)) * spread

@@ -53,6 +53,12 @@ class Window:
         return {"sound": torch.from_numpy(padded)}
 
 
+def tone(rate_hz: int) -> tuple[NDArray[np.float32], int]:
+    """The example sound that capture runs on: one second."""
+    seconds = np.arange(rate_hz, dtype=np.float32) / rate_hz
+    return np.asarray(0.1 * np.sin(2 * np.pi * 440 * seconds, dtype=np.float32), np.float32), rate_hz
+
+
 def _resample(sound: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
     import soxr
 
@@ -202,8 +208,7 @@ def _load_whisper(source: Source, processor: dict[str, Any], max_seconds: float 
 def _built(source: Source, module: nn.Module, window: Window, settings: MelSettings, **fields: Any) -> BuiltEncoder:
     if window.padding not in ("repeatpad", "repeat", "pad"):
         raise EncoderError(f"{source.model}: no padding '{window.padding}'; there are repeatpad, repeat, pad")
-    seconds = np.arange(settings.rate_hz, dtype=np.float32) / settings.rate_hz
-    example = (0.1 * np.sin(2 * np.pi * 440 * seconds, dtype=np.float32), settings.rate_hz)
+    example = tone(settings.rate_hz)
     return BuiltEncoder(
         modality="audio",
         dim=output_dim(module, window(example)),

@@ -66,7 +66,7 @@ class BuiltEncoder:
         files: Sequence[str] = (),
     ) -> None:
         self.modality, self.dim, self.module = modality, dim, module.eval().requires_grad_(False)
-        self._prepare = prepare
+        self.host = prepare
         self.example = example  # a decoded medium that prepare() accepts: what capture is run on
         self.preprocessing = preprocessing  # JSON-able: everything that shapes prepare(); part of the fingerprint
         self.layers = layers  # path of the ModuleList inside module whose items are the layers; None: no depth exits
@@ -80,10 +80,11 @@ class BuiltEncoder:
         self.grey = grey  # prepare() makes pictures grey, so that it takes them in mode L where they are
         self.prepare_fast = prepare_fast or prepare  # as prepare, for pictures that need not be exact: faster, close by
         self.notes = tuple(notes)  # what a user should know ("sound beyond 10 s: the first window is used")
+        self.record = ""  # what tells its weights and files from others', where they are known; for who keeps results
         self.files = tuple(files)  # what was read from disk: weights first, then configuration and tokeniser
 
     def prepare(self, media: Any) -> dict[str, Tensor]:
-        return self._prepare(media)
+        return self.host(media)
 
     def release(self) -> None:
         """Drop the module and the text tower; `prepare` still works. For callers that have captured the module."""

@@ -18,6 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SAFE_PATTERNS = ["model.safetensors", "model-*.safetensors", "open_clip_model.sa
 PICKLE_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin", "open_clip_pytorch_model.bin"]
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*", "*.onnx", "*.msgpack", "*.h5"]
 
+OWN = "own"  # the kind of a class of the user's
 TINY = "tiny"  # the kind of the models that ship with the package
 
 _factories: dict[str, str] = {}
@@ -54,6 +56,30 @@ register("hf", "mmpipe.encoders.hf:load")
 register(TINY, "mmpipe.encoders.tiny:load")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A model id and what is asked of it, checked and looked up: nothing is loaded yet."""
+
+    kind: str
+    name: str  # within the kind
+    modality: str
+    place: Path | None  # a local file or folder for the weights
+    max_tokens: int | None
+    max_seconds: float | None
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether a file of it is the hub's, which may have another by now."""
+        if self.kind in (TINY, OWN):
+            return False
+        folder_from_hub = self.name.startswith("hf-hub:") or (self.kind == "hf" and not Path(self.name).is_absolute())
+        return self.place is None or folder_from_hub
+
+    @property
+    def revision(self) -> str | None:
+        return self.name.partition("@")[2] or None
+
+
 def load(
     model: str,
     modality: str,
@@ -72,34 +98,49 @@ def load(
 
     Raises EncoderError; MissingPackage where a package isn't installed.
     """
+    base = Path.cwd() if base is None else Path(base)
+    what = asked(model, modality, weights=weights, max_tokens=max_tokens, max_seconds=max_seconds, base=base)
+    if what.kind == OWN:
+        if weights is not None or max_tokens is not None or max_seconds is not None:
+            raise EncoderError(f"{model}: weights, max_tokens and max_seconds are for built-in kinds; use options")
+        from mmpipe.encoders.own import load_own
+
+        return load_own(what.name, modality, dict(options or {}), base)
+    if options:
+        raise EncoderError(
+            f"{model}: options ({', '.join(options)}) are for a class of your own (package.module:Class)"
+        )
+    function = _factory(what.kind)
+    # those that ship use no model library, and keeping one quiet would import it: longer than all that they load
+    with nullcontext() if what.kind == TINY else quiet():
+        return function(
+            what.name, modality, weights=what.place, max_tokens=what.max_tokens, max_seconds=what.max_seconds
+        )
+
+
+def asked(
+    model: str,
+    modality: str,
+    *,
+    weights: str | Path | None = None,
+    max_tokens: int | None = None,
+    max_seconds: float | None = None,
+    base: Path,
+) -> Asked:
+    """What `load` would load. Raises EncoderError."""
     if modality not in MODALITIES:
         raise EncoderError(f"no modality '{modality}'; there are {', '.join(MODALITIES)}")
     if max_tokens is not None and max_tokens < 1:
         raise EncoderError(f"max_tokens is {max_tokens}; it must be at least 1")
     if max_seconds is not None and not max_seconds > 0:
         raise EncoderError(f"max_seconds is {max_seconds}; it must be above 0")
-    base = Path.cwd() if base is None else Path(base)
     path = None if weights is None else _local(str(weights), base)
     if weights is not None and path is None:
         raise EncoderError(f"{model}: weights '{weights}': no such file or folder in {base}")
-
     kind, name, found = parse(model, base)
     if path is not None and found is not None:
         name = str(found)  # the folder still gives the configuration; its weights are replaced
-    if kind == "own":
-        if weights is not None or max_tokens is not None or max_seconds is not None:
-            raise EncoderError(f"{model}: weights, max_tokens and max_seconds are for built-in kinds; use options")
-        from mmpipe.encoders.own import load_own
-
-        return load_own(name, modality, dict(options or {}), base)
-    if options:
-        raise EncoderError(
-            f"{model}: options ({', '.join(options)}) are for a class of your own (package.module:Class)"
-        )
-    function = _factory(kind)
-    # those that ship use no model library, and keeping one quiet would import it: longer than all that they load
-    with nullcontext() if kind == TINY else quiet():
-        return function(name, modality, weights=path or found, max_tokens=max_tokens, max_seconds=max_seconds)
+    return Asked(kind, name, modality, path or found, max_tokens, max_seconds)
 
 
 def pull(model: str, modality: str, *, weights: str | Path | None = None, base: Path | None = None) -> list[str]:
@@ -126,7 +167,7 @@ def parse(model: str, base: Path) -> tuple[str, str, Path | None]:
         return kind, rest, found
     beside = (base / f"{kind}.py").is_file() or (base / kind).is_dir()
     if OWN_CLASS.fullmatch(model) and ("." in kind or beside):  # "timm:resnet50" is no class of anybody's
-        return "own", model, None
+        return OWN, model, None
     if (folder := _local(model, base)) is not None:
         for config, of_kind in FOLDER_CONFIGS.items():
             if (folder / config).is_file():
@@ -182,6 +223,21 @@ def fetch(model: str, repository: str, revision: str | None = None) -> Path:
             "network; gated or private models need HF_TOKEN"
         ) from error
     return folder
+
+
+def is_newest(path: Path, revision: str | None) -> bool:
+    """Whether a file of a hub repository's local snapshot is what the hub has under `revision` now, as far as it can be
+    asked. True of a file that is in no snapshot."""
+    kept = next((folder for folder in path.parents if folder.parent.name == "snapshots"), None)
+    if kept is None:
+        return True
+    from huggingface_hub import hf_hub_download
+
+    repository = kept.parent.parent.name.removeprefix("models--").replace("--", "/")
+    try:
+        return Path(hf_hub_download(repository, path.relative_to(kept).as_posix(), revision=revision)) == path
+    except (OSError, ValueError):  # the hub's own errors are of these: loading will tell
+        return False
 
 
 def read_json(path: Path, model: str) -> dict[str, Any]:

@@ -45,11 +45,44 @@ POOLING_FLAGS = {
 }
 
 
+class Tokens:
+    """A transformers tokeniser's own core, set to cut and to pad: a str → ids and mask, each of `length` numbers.
+
+    It can be written down, and read again without transformers.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    @classmethod
+    def of(cls, tokenizer: Any, length: int) -> Tokens | None:
+        """None where the tokeniser is written in Python. The tokeniser itself is not to be called afterwards."""
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        if core is None:
+            return None
+        tokenizer(EXAMPLE, padding="max_length", truncation=True, max_length=length)  # what sets its core
+        return cls(core)
+
+    @classmethod
+    def read(cls, written: str) -> Tokens:
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_str(written))
+
+    def written(self) -> str:
+        told: str = self._core.to_str()
+        return told
+
+    def __call__(self, text: str) -> tuple[list[int], list[int]]:
+        found = self._core.encode(text)
+        return found.ids, found.attention_mask
+
+
 @dataclass(frozen=True)
 class Tokenise:
     """A str → int64 input_ids [T] (and attention_mask [T]), cut or padded to max_tokens."""
 
-    tokenizer: Any
+    tokens: Tokens | Any  # or a tokeniser of transformers'
     max_tokens: int
     masked: bool
     prefix: str = ""
@@ -59,15 +92,21 @@ class Tokenise:
         if not isinstance(text, str):
             raise EncoderError(f"a text encoder takes a str, not a {type(text).__name__}")
         text = self.prefix + text
-        encoded = self.tokenizer(
-            text.lower() if self.lower else text,
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_attention_mask=self.masked,
+        ids, mask = self._encoded(text.lower() if self.lower else text)
+        found = {"input_ids": ids, "attention_mask": mask} if self.masked else {"input_ids": ids}
+        return {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in found.items()}
+
+    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        if isinstance(self.tokens, Tokens):
+            return self.tokens(text)
+        encoded = self.tokens(
+            text, padding="max_length", truncation=True, max_length=self.max_tokens, return_attention_mask=True
         )
-        names = ("input_ids", "attention_mask") if self.masked else ("input_ids",)
-        return {name: torch.tensor(encoded[name], dtype=torch.int64) for name in names}
+        return encoded["input_ids"], encoded["attention_mask"]
+
+
+def _tokenise(tokenizer: Any, length: int, **settings: Any) -> Tokenise:
+    return Tokenise(Tokens.of(tokenizer, length) or tokenizer, length, **settings)
 
 
 class Pool(nn.Module):
@@ -168,7 +207,7 @@ def load_text(source: Source, max_tokens: int | None) -> BuiltEncoder:
     length = _length(
         source.model, max_tokens, positions, tokenizer, chain.max_tokens or tokenizer.model_max_length, LONGEST_DEFAULT
     )
-    prepare = Tokenise(tokenizer, length, masked=True, prefix=chain.prefix, lower=chain.lower)
+    prepare = _tokenise(tokenizer, length, masked=True, prefix=chain.prefix, lower=chain.lower)
     module = PooledText(model, Pool(chain.pooling), chain.then).eval()
     notes = [f"text is cut or padded to {length} tokens"]
     if not chain.listed:
@@ -203,7 +242,7 @@ def paired_prompts(source: Source, model: Any, max_tokens: int | None = None) ->
     length = _length(source.model, max_tokens, positions, tokenizer, tokenizer.model_max_length, positions)
     projection = getattr(model, "text_projection", nn.Identity())  # SigLIP's is the tower's own head
     module = ProjectedText(model.text_model, projection).eval()
-    return Prompts(module, Tokenise(tokenizer, length, masked=kind == "clap"))
+    return Prompts(module, _tokenise(tokenizer, length, masked=kind == "clap"))
 
 
 def _load_paired(source: Source, kind: str, max_tokens: int | None) -> BuiltEncoder:

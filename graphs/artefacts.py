@@ -29,8 +29,10 @@ def kept(
     make: Callable[[], bytes],
     tell: Callable[[str], None] = _warn,
     limit_bytes: int = LIMIT_BYTES,
+    usable: Callable[[bytes], bool] = lambda content: True,
 ) -> bytes:
-    """The bytes under `name` in `folder`; else what `make` gives, which is kept there. None: nothing is kept.
+    """The bytes under `name` in `folder`, where they are `usable`; else what `make` gives, which is kept there. None:
+    nothing is kept.
 
     Where the folder's files are more than `limit_bytes` together, those that were not used for longest go.
 
@@ -44,7 +46,7 @@ def kept(
         tell(f"{folder} {fault}: what is made is not kept, and will be made again")
         return make()
     found = _read(folder / name)
-    if found is None:
+    if found is None or not usable(found):
         found = make()
         try:
             _write(folder, name, found)

@@ -22,7 +22,6 @@ from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core
 from mmpipe.capturing import Shorter, captured_encoder, captured_head, shorter
 from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
-from mmpipe.encoders import load as load_encoder
 from mmpipe.encoders.own import source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
@@ -30,6 +29,7 @@ from mmpipe.fusion.heads import HeadError, ZeroShotHead, prompt_prototypes
 from mmpipe.graphs.fuse import ExitSpec, FusedGraph, PooledLayer, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, GraphError
+from mmpipe.remembering import known_encoder, known_prompts
 
 _TEXTS = (".json", ".txt", ".model", ".bpe", ".yaml")
 
@@ -91,15 +91,7 @@ def build(
     for modality, settings in config.encoders.items():
         say(f"loading {modality}: {settings.model}")
         with _as_config_error(config, f"encoders.{modality}.model"):
-            encoders[modality] = load_encoder(
-                settings.model,
-                modality,
-                weights=settings.weights,
-                max_tokens=settings.max_tokens,
-                max_seconds=settings.max_seconds,
-                options=settings.options,
-                base=config.source.folder,
-            )
+            encoders[modality] = known_encoder(settings, modality, config.source.folder)
     labels = config.all_labels
     dims = {modality: encoder.dim for modality, encoder in encoders.items()}
     classifies = config.task == "classify" and not encoders_only
@@ -280,8 +272,7 @@ def _zero_shot(config: Config, encoders: Mapping[str, Encoder]) -> ZeroShotHead:
     by_name: dict[str, ModalityConfig] = {str(name): value for name, value in config.fusion.modalities.items()}
     for modality, encoder in encoders.items():
         path = f"fusion.modalities.{modality}.prompts"
-        prompts = encoder.prompts if isinstance(encoder, BuiltEncoder) else None
-        if prompts is None:
+        if not isinstance(encoder, BuiltEncoder) or encoder.prompts is None:
             raise config.error(
                 "fusion.head",
                 f"zero_shot can't compare labels with {modality}: its model has no text side",
@@ -291,10 +282,9 @@ def _zero_shot(config: Config, encoders: Mapping[str, Encoder]) -> ZeroShotHead:
         templates = settings.prompts if settings else ("{}",)
         texts = [template.replace("{}", label) for template in templates for label in config.all_labels]
         with _as_config_error(config, path), torch.inference_mode():
-            encoded_PLD = prompts(texts).reshape(len(templates), len(config.all_labels), -1)
+            encoded_PLD = known_prompts(encoder, texts).reshape(len(templates), len(config.all_labels), -1)
         prototypes[modality] = prompt_prototypes(encoded_PLD).clone()
-        own = encoder.logit_scale if isinstance(encoder, BuiltEncoder) else None
-        scales[modality] = settings.logit_scale if settings and settings.logit_scale else own
+        scales[modality] = settings.logit_scale if settings and settings.logit_scale else encoder.logit_scale
         weights[modality] = settings.weight if settings else 1.0
     return ZeroShotHead(prototypes, scales=scales, weights=weights)
 

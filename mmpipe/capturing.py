@@ -8,33 +8,22 @@ is captured every time.
 from __future__ import annotations
 
 import dataclasses
-import enum
-import functools
-import hashlib
-import importlib
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmpipe import cache
+from mmpipe import remembering
+from mmpipe.architectures import architecture
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError
+from mmpipe.encoders.recorded import RecordedModule
 from mmpipe.fusion.heads import DepthHead
 from mmpipe.graphs import plain, recapture
-from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.lengths import lengths_of
 from mmpipe.graphs.plan import HEAD, PRESENCE
-from mmpipe.machine import versions
-
-_LIMIT_BYTES = 100 << 20  # of all graphs; one takes some tens of kB
-_CODE = ("mmpipe.encoders", "mmpipe.fusion", "mmpipe.graphs")
-# whose code or version is part of the name; a module with a part of another's is captured every time
-_KNOWN = (*_CODE, "mmpipe.capturing", "torch", "torchvision", "torchaudio", "transformers", "open_clip", "timm")
 
 
 def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Captured:
@@ -47,7 +36,7 @@ def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any
     module, layers = encoder.module.eval(), built.layers if built else None
 
     def make() -> Captured:
-        return capture(module, rows, name=modality, layers=layers)
+        return capture(_whole(module), rows, name=modality, layers=layers)
 
     return make() if built is None else _kept(module, rows, [modality, layers, settings], make)
 
@@ -80,7 +69,7 @@ class Shorter:
         rows = {name: self._cut(row, length) for name, row in self.rows.items()}
 
         def make() -> Captured:
-            return capture(self.module, rows, name=self.modality)
+            return capture(_whole(self.module), rows, name=self.modality)
 
         return _kept(self.module, rows, [self.modality, None, self.settings], make)
 
@@ -133,8 +122,7 @@ class _HeadCall(nn.Module):
 
 def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Callable[[], Captured]) -> Captured:
     """What `make` captures of `module`, or captured before in this user's cache of the same module."""
-    folder = _folder()
-    about_module = None if folder is None else _architecture(module)
+    about_module = None if remembering.folder() is None else _architecture(module)
     if about_module is None:
         return make()
     made: list[Captured] = []
@@ -144,91 +132,16 @@ def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Calla
         return recapture.forget_weights(made[0], module)
 
     inputs = {name: [list(row.shape), str(row.dtype)] for name, row in rows.items()}
-    known = json.dumps([about, inputs, about_module, versions(), _code()], sort_keys=True, default=str)
     try:
-        # in silence where the folder can't be used: the cache of embeddings is beside it, and tells
-        content = kept(
-            folder,
-            f"{hashlib.sha256(known.encode()).hexdigest()}.graph",
-            make_plain,
-            tell=lambda text: None,
-            limit_bytes=_LIMIT_BYTES,
-        )
+        content = remembering.kept_as("graph", [about, inputs, about_module], make_plain)
     except plain.Unwritable:
         content = b""
     return made[0] if made else recapture.with_weights(content, module)
 
 
-def _folder() -> Path | None:
-    where = cache.folder()
-    return None if where is None else where / "captured"
+def _architecture(module: nn.Module) -> str | None:
+    return module.about if isinstance(module, RecordedModule) else architecture(module)
 
 
-def _architecture(module: nn.Module) -> Any:
-    """All that a module tells of itself but the numbers in its weights; None where a part of it is not known."""
-    parts = []
-    for path, part in module.named_modules():
-        kind = type(part)
-        if not any(kind.__module__ == known or kind.__module__.startswith(f"{known}.") for known in _KNOWN):
-            return None
-        try:
-            settings = _plain({name: value for name, value in vars(part).items() if name not in _BASE})
-        except _Unknown:
-            return None
-        parts.append([path, _name(kind), part.extra_repr(), settings])
-    alike = recapture.aliases(module)
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [parts, [[name, alike[name], list(t.shape), t.stride(), str(t.dtype)] for name, t in tensors]]
-
-
-_BASE = frozenset(vars(nn.Module()))
-
-
-class _Unknown(Exception):
-    """An attribute that can't be told from another."""
-
-
-def _plain(value: Any) -> Any:
-    """An attribute as JSON: settings as they are, functions and objects by their names. Raises _Unknown."""
-    if isinstance(value, enum.Enum):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, set | frozenset):  # in no order of its own
-        return sorted(map(str, map(_plain, value)))
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, torch.dtype | torch.device | np.generic):
-        return str(value)
-    if isinstance(value, Tensor | np.ndarray):
-        return [str(value.dtype), torch.as_tensor(value).tolist()]
-    if isinstance(value, functools.partial):
-        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [
-            _name(type(value)),
-            _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}),
-        ]
-    if callable(getattr(value, "to_dict", None)):  # a configuration of transformers'
-        return _plain(value.to_dict())
-    name = _name(value if callable(value) and hasattr(value, "__qualname__") else type(value))
-    if "<" in name:  # a lambda, or a function inside another
-        raise _Unknown(name)
-    return name
-
-
-def _name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-@functools.cache
-def _code() -> str:
-    """A hash of the code that encoders, heads and capture are made of."""
-    total = hashlib.sha256(Path(__file__).read_bytes())
-    for package in _CODE:
-        for folder in importlib.import_module(package).__path__:
-            for path in sorted(Path(folder).rglob("*.py")):
-                total.update(path.name.encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
+def _whole(module: nn.Module) -> nn.Module:
+    return module.whole() if isinstance(module, RecordedModule) else module

@@ -30,6 +30,7 @@ from mmpipe.runtime.device import Device, available_bytes, cuda_devices, device_
 from mmpipe.runtime.measure import BUCKETS_A_LANE, PASSES
 
 _ROWS = 32  # of a bucket, where memory allows
+_ROWS_A_THREAD = 16  # of a large encoder's: one thread alone gains nothing from more, and fewer are left to padding
 _LANES = 2  # one run computes while the next one's media are copied in
 _MOST_LANES = 8  # where each has a core
 # CPU libraries treat the last rows of other batches apart: a row's last bit would depend on its place
@@ -171,8 +172,9 @@ def resolve(
             reasons["batch_size"] = "one sample alone: a whole bucket for it would be felt"
         ways = _for_calls(base, made, runtime.schedule, small, computing)
         return _fastest([lowered(way) for way in fitting(ways, shrink=False, batches=False)], measure)
-    count, reasons["processes"] = _processes(config, device, cores, rows, base.batch_size, alone)
     shrink = runtime.batch_size == "auto"
+    of_each = base.batch_size if small or not shrink else _ROWS_A_THREAD
+    count, reasons["processes"] = _processes(config, device, cores, rows, of_each, alone)
     ways = fitting(_for_batches(base, made, runtime.schedule, small, computing), shrink=shrink, batches=True)
     ways = [lowered(way) for way in ways]  # the first is what the rule says
     if count > 1:
@@ -181,6 +183,9 @@ def resolve(
         if not compiled:
             copies = 0 if lowering is None else lowering.copied_bytes(made)
             asked = _in_processes(base, count, runtime.schedule)
+            if of_each != base.batch_size:
+                told = {**asked.reasons, "batch_size": "one thread gains nothing from more rows, and fewer are padding"}
+                asked = replace(asked, batch_size=of_each, reasons=told)
             with contextlib.suppress(ConfigError):
                 way = lowered(Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True))
                 compiled = _compiled(way)

@@ -12,7 +12,7 @@ import torch
 from support import hub, shop, words
 from torch import nn
 
-from mmpipe import Pipeline, Sample, capturing
+from mmpipe import Pipeline, Sample, capturing, remembering
 from mmpipe.fusion.heads import TransformerHead
 from mmpipe.graphs.digest import digest
 from mmpipe.graphs.fuse import mark_of
@@ -106,7 +106,7 @@ def test_what_shapes_the_graph_is_part_of_the_name(models, captures, monkeypatch
     finally:
         about.write_text(before)
     assert load(max_tokens=16) == 3
-    monkeypatch.setattr(capturing, "versions", lambda: {"torch": "99"})
+    monkeypatch.setattr(remembering, "versions", lambda: {"torch": "99"})
     assert load(max_tokens=16) == 4
 
 

@@ -149,6 +149,21 @@ def test_a_job_of_many_samples_has_a_process_for_each_core(pipeline, weights, mo
     assert (few.processes, few.threads, few.reasons["processes"]) == (3, 1, "configured")
 
 
+def test_large_encoders_have_smaller_buckets_where_each_process_has_one_thread(pipeline, weights, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(placing, "_NUMBERS_FOR_THREADS", 0)  # these are large
+
+    def found(rows, **runtime):
+        way = resolve(configured(weights, **runtime), pipeline.runners.cut, HostDevice(), rows=rows)
+        return way.processes, way.batch_size
+
+    assert [found(255), found(256)] == [(1, 32), (4, 16)]
+    assert [found(511, batch_size=32), found(512, batch_size=32)] == [(1, 32), (4, 32)]
+    monkeypatch.undo()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    assert found(512) == (4, 32)
+
+
 def test_why_a_job_has_one_process(pipeline, weights, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
     cut = pipeline.runners.cut

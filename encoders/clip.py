@@ -38,6 +38,7 @@ class _Found:
     weights: Path
     arguments: dict[str, Any]  # for create_model
     notes: tuple[str, ...] = ()
+    folder: Path | None = None  # of its own configuration; None: open_clip's
 
 
 class ClipText(nn.Module):
@@ -58,6 +59,11 @@ class ClipTokenise:
 
     tokenizer: Any
     max_tokens: int
+
+    @property
+    def is_open_clips(self) -> bool:
+        """Its tokeniser comes with open_clip, not from the hub."""
+        return type(self.tokenizer).__name__ == "SimpleTokenizer"
 
     def __call__(self, text: str) -> dict[str, Tensor]:
         if not isinstance(text, str):
@@ -84,7 +90,8 @@ def load(
         raise EncoderError(f"{found.model}: its tokeniser can't be loaded: {error}") from error
     visual, clip.visual = clip.visual, None
     text = ClipText(clip).eval()
-    files = [str(found.weights), *map(str, sorted(found.weights.parent.glob(CONFIG)))]
+    configs = dict.fromkeys(folder / CONFIG for folder in (found.weights.parent, found.folder) if folder is not None)
+    files = [str(found.weights), *(str(path) for path in configs if path.is_file())]
     if modality == "image":
         return _image(found, visual, Prompts(text, ClipTokenise(tokenizer, int(clip.context_length))), scale, files)
     length = _shorten(clip, max_tokens, found.model)
@@ -190,7 +197,7 @@ def _find(name: str, weights: Path | None) -> _Found:
 def _in_folder(model: str, folder: Path, weights: Path | None = None) -> _Found:
     if not (folder / CONFIG).is_file():
         raise EncoderError(f"{model}: {folder} has no {CONFIG}")
-    return _Found(model, f"local-dir:{folder}", _file_in(model, weights or folder), {})
+    return _Found(model, f"local-dir:{folder}", _file_in(model, weights or folder), {}, folder=folder)
 
 
 def _file_in(model: str, weights: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def read_tensors(path: Path, model: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # what PyTorch wrote before 1.6 is no zip file
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # safetensors, zip and pickle each raise their own
         raise EncoderError(f"{model}: {path} can't be read as weights: {_first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}

@@ -64,16 +64,9 @@ class Asked:
     name: str  # within the kind
     modality: str
     place: Path | None  # a local file or folder for the weights
+    from_hub: bool  # the id is no local path: the hub may have other files by now
     max_tokens: int | None
     max_seconds: float | None
-
-    @property
-    def from_hub(self) -> bool:
-        """Whether a file of it is the hub's, which may have another by now."""
-        if self.kind in (TINY, OWN):
-            return False
-        folder_from_hub = self.name.startswith("hf-hub:") or (self.kind == "hf" and not Path(self.name).is_absolute())
-        return self.place is None or folder_from_hub
 
     @property
     def revision(self) -> str | None:
@@ -140,7 +133,8 @@ def asked(
     kind, name, found = parse(model, base)
     if path is not None and found is not None:
         name = str(found)  # the folder still gives the configuration; its weights are replaced
-    return Asked(kind, name, modality, path or found, max_tokens, max_seconds)
+    from_hub = found is None and kind not in (TINY, OWN)
+    return Asked(kind, name, modality, path or found, from_hub, max_tokens, max_seconds)
 
 
 def pull(model: str, modality: str, *, weights: str | Path | None = None, base: Path | None = None) -> list[str]:
@@ -225,18 +219,26 @@ def fetch(model: str, repository: str, revision: str | None = None) -> Path:
     return folder
 
 
-def is_newest(path: Path, revision: str | None) -> bool:
-    """Whether a file of a hub repository's local snapshot is what the hub has under `revision` now, as far as it can be
-    asked. True of a file that is in no snapshot."""
-    kept = next((folder for folder in path.parents if folder.parent.name == "snapshots"), None)
-    if kept is None:
-        return True
-    from huggingface_hub import hf_hub_download
+def snapshot_of(path: Path) -> Path | None:
+    """The folder of the hub repository's local snapshot that a file is in."""
+    for folder in path.parents:
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder
+    return None
 
-    repository = kept.parent.parent.name.removeprefix("models--").replace("--", "/")
+
+def is_newest(path: Path, revision: str | None) -> bool:
+    """Whether a file of a local snapshot is what the hub has under `revision` now, as far as it can be asked. True of a
+    file that is in no snapshot."""
+    folder = snapshot_of(path)
+    if folder is None:
+        return True
+    repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     try:
-        return Path(hf_hub_download(repository, path.relative_to(kept).as_posix(), revision=revision)) == path
-    except (OSError, ValueError):  # the hub's own errors are of these: loading will tell
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, path.relative_to(folder).as_posix(), revision=revision)) == path
+    except (ImportError, OSError, ValueError):  # the hub's own errors are of these: loading will tell
         return False
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from mmpipe.encoders.audio import Window, tone
 from mmpipe.encoders.base import BuiltEncoder, EncoderError
+from mmpipe.encoders.clip import ClipTokenise
 from mmpipe.encoders.hf import read_tensors
-from mmpipe.encoders.hub import Asked, is_newest
+from mmpipe.encoders.hub import Asked, is_newest, snapshot_of
 from mmpipe.encoders.image import ResizeCrop, grey
-from mmpipe.encoders.text import EXAMPLE, Tokenise, Tokens
+from mmpipe.encoders.text import EXAMPLE, Prompts, Tokenise, Tokens
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _OWN_BYTES = 32 << 20  # of tensors that no file has
@@ -40,6 +41,10 @@ Whole = Callable[[], BuiltEncoder]
 
 class Unrecordable(EncoderError):
     """A part of the encoder can't be told in plain data, or its weights are in no file that is known."""
+
+
+class Changing(EncoderError):
+    """A file of the model was written since it began to load: nobody knows which of the two was read."""
 
 
 class RecordedModule(nn.Module):
@@ -67,23 +72,26 @@ class _Source:
     same_as: str = ""
 
 
-def written(encoder: BuiltEncoder, about: Any) -> bytes:
-    """`encoder` as bytes, with what the caller wants to know of it (JSON). Raises Unrecordable."""
+def written(encoder: BuiltEncoder, asked: Asked, about: Any, began_ns: int) -> bytes:
+    """`encoder` as bytes, with what the caller wants to know of it (JSON). It is what is `asked` for, and began to load
+    at `began_ns` (of `time.time_ns`). Raises Unrecordable, Changing.
+    """
     files = [Path(name) for name in encoder.files]
-    if (state := _state(files)) is None:
+    state = _state(files, asked)
+    if state is None:
         raise Unrecordable(f"its folder holds more than {_MOST_FILES} files")
+    if any(written_ns >= began_ns for _, written_ns, _ in state.values()):
+        raise Changing("a file was written while the model was loaded")
     weights = [path for path in files if path.suffix in _WEIGHTS]
     try:
-        found = [read_tensors(path, str(path)) for path in weights]
+        prepare, found = _prepare(encoder), [read_tensors(path, str(path)) for path in weights]
     except EncoderError as error:
         raise Unrecordable(str(error)) from error
     sources, own = _sources(encoder.module, found)
-    if sum(tensor.numel() * tensor.element_size() for tensor in own.values()) > _OWN_BYTES:
-        raise Unrecordable("its weights are not those of its files")
     record = {
         "fields": {name: getattr(encoder, name) for name in _FIELDS},
         "has_prompts": encoder.prompts is not None,
-        "prepare": _prepare(encoder),
+        "prepare": prepare,
         "module": type(encoder.module).__qualname__,
         "weights": list(map(str, weights)),
         "tensors": [asdict(source) for source in sources],
@@ -101,7 +109,7 @@ def read(content: bytes, asked: Asked, whole: Whole) -> BuiltEncoder | None:
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]  # as safetensors lays it out
     record = json.loads(json.loads(header)["__metadata__"][_RECORD])
     files = [Path(name) for name in record["fields"]["files"]]
-    if record["state"] != _state(files):
+    if record["state"] != _state(files, asked):
         return None
     if asked.from_hub and not all(is_newest(path, asked.revision) for path in {f.parent: f for f in files}.values()):
         return None
@@ -159,13 +167,13 @@ def _put(root: nn.Module, source: _Source, tensor: Tensor) -> None:
 
 
 def _sources(module: nn.Module, files: Sequence[Mapping[str, Tensor]]) -> tuple[list[_Source], dict[str, Tensor]]:
-    """Of each tensor of the module, in its order; and those that no file has."""
+    """Of each tensor of the module, in its order; and those that no file has. Raises Unrecordable."""
     by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = {}
     for number, tensors in enumerate(files):
         for key, tensor in tensors.items():
             by_shape.setdefault(tuple(tensor.shape), []).append((number, key))
     persistent, first = {*module.state_dict()}, dict[int, str]()
-    sources, own = [], dict[str, Tensor]()
+    sources, own, own_bytes = [], dict[str, Tensor](), 0
     for name, tensor in _tensors(module):
         source = _Source(name, isinstance(tensor, nn.Parameter), name in persistent)
         if id(tensor) in first:
@@ -176,6 +184,9 @@ def _sources(module: nn.Module, files: Sequence[Mapping[str, Tensor]]) -> tuple[
         near = sorted(by_shape.get(tuple(tensor.shape), ()), key=lambda place: -_alike(place[1], name))
         place = next(((n, key) for n, key in near if _is(tensor.detach(), files[n][key])), None)
         if place is None:
+            own_bytes += tensor.numel() * tensor.element_size()
+            if own_bytes > _OWN_BYTES:
+                raise Unrecordable("its weights are not those of its files")
             own[name] = tensor.detach().contiguous().clone()
         else:
             number, key = place
@@ -211,7 +222,10 @@ def _alike(one: str, other: str) -> int:
 
 
 def _prepare(encoder: BuiltEncoder) -> dict[str, Any]:
-    prepare = encoder.host
+    prepare, prompts = encoder.host, encoder.prompts
+    texts = prompts.prepare if isinstance(prompts, Prompts) else None
+    if isinstance(texts, ClipTokenise) and not texts.is_open_clips:
+        raise Unrecordable("its labels are split by a tokeniser of another repository")
     if isinstance(prepare, Tokenise) and isinstance(prepare.tokens, Tokens):
         settings = {field.name: getattr(prepare, field.name) for field in fields(prepare) if field.name != "tokens"}
         return {"kind": "Tokenise", "settings": settings, "tokens": prepare.tokens.written()}
@@ -231,21 +245,24 @@ def _prepared_by(record: Mapping[str, Any]) -> tuple[Any, Any]:
     return prepare, example
 
 
-def _state(files: Sequence[Path]) -> dict[str, list[int]] | None:
-    """What tells whether a model's files are still those that were read: they, and all that is in its folder. None:
-    too many to look at."""
+def _state(files: Sequence[Path], asked: Asked) -> dict[str, list[int]] | None:
+    """What tells whether a model's files are still those that were read: size, time and place of them, and of all in
+    the folders that were looked at. None: too many."""
     folders = {path.parent for path in files if path.suffix not in _WEIGHTS}
-    found = {*files}
+    folders |= {folder for path in files if (folder := snapshot_of(path)) is not None}
+    folders |= {path for path in (asked.place, Path(asked.name)) if path is not None and path.is_dir()}
+    found, seen = {*files}, 0
     for folder in folders:
-        for place, _, names in os.walk(folder):
+        for place, _, names in os.walk(folder, followlinks=True):
             found |= {Path(place, name) for name in names}
-            if len(found) > _MOST_FILES:
+            seen += 1 + len(names)
+            if seen > _MOST_FILES:  # or links that lead in a circle
                 return None
     state = {}
     for path in sorted(found):
         try:
-            seen = path.stat()
+            about = path.stat()
         except OSError:  # a link to nowhere, or gone meanwhile
             continue
-        state[str(path)] = [seen.st_size, seen.st_mtime_ns, seen.st_ino]
+        state[str(path)] = [about.st_size, about.st_mtime_ns, about.st_ino]
     return state

@@ -67,11 +67,22 @@ class Tokens:
     def read(cls, written: str) -> Tokens:
         from tokenizers import Tokenizer
 
-        return cls(Tokenizer.from_str(written))
+        told = json.loads(written)
+        core = Tokenizer.from_str(told["core"])
+        core.encode_special_tokens = told["encode_special_tokens"]
+        return cls(core)
 
     def written(self) -> str:
-        told: str = self._core.to_str()
-        return told
+        """Raises EncoderError where a part of it can't be written."""
+        try:
+            core = self._core.to_str()
+        except Exception as error:  # a part in Python: tokenizers has no error of its own
+            raise EncoderError(f"its tokeniser can't be written: {error}") from error
+        # which tokenizers leaves out
+        return json.dumps({"core": core, "encode_special_tokens": bool(self._core.encode_special_tokens)})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokens.read, (self.written(),)
 
     def __call__(self, text: str) -> tuple[list[int], list[int]]:
         found = self._core.encode(text)

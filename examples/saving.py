@@ -1,11 +1,13 @@
 """What exits save, and what they change: a configuration with its exits against the same without, over a folder.
 
     python examples/saving.py CONFIG --input MEDIA --truth LABELS.csv [--rounds 5] [--set KEY=VALUE]…
+    python examples/saving.py CONFIG --input MEDIA --after image text --leaving 72%    # exits as others have them
 
 Both run in this process, one after the other, the order changing from round to round; ratios are of neighbours, their
 median and range are told. `decode + compute` is what run.json counts on the workers and in the segments; `cores` is all
 that the process spent, the job's own bookkeeping included; `wall` is what one waits for. Nothing is kept between runs;
-memory is had and kept as `mmpipe run` has and keeps it.
+memory is had and kept as `mmpipe run` has and keeps it. With `--leaving`, the one exit's threshold is such that of the
+items that have what it spares this share goes: what a pattern of exits would bring with these encoders.
 """
 
 from __future__ import annotations
@@ -72,15 +74,44 @@ def table(
     return "\n".join(lines)
 
 
+def percent(text: str) -> float:
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+
+
+def exit_for(config: str, settings: Sequence[str], media: Path, after: Sequence[str], share: float) -> list[str]:
+    """--set's texts for one exit, at which `share` of the items that have more than it needs leave."""
+
+    def at(threshold: float) -> list[str]:
+        exits = json.dumps([{"after": list(after), "threshold": threshold}])
+        return ["fusion.calibration=null", f"fusion.exits={exits}"]
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Pipeline.load(config, overrides=[*settings, *ALIKE, *at(0.0)]) as pipeline,
+    ):
+        pipeline.run_folder(media, Path(folder, "out"))
+        rows = pq.read_table(Path(folder, "out", "predictions"), columns=["confidence", "skipped"]).to_pylist()
+    sure = sorted((row["confidence"] for row in rows if row["skipped"]), reverse=True)
+    if not sure:
+        raise SystemExit(f"no item has more than {' and '.join(after)}")
+    return at(sure[min(len(sure) - 1, round(share * len(sure)))])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="packaged name or YAML, with exits or a calibration")
     parser.add_argument("--input", type=Path, required=True, help="folder of media")
     parser.add_argument("--truth", type=Path, help="csv with id and label")
+    parser.add_argument("--after", nargs="+", help="with --leaving: what the exit has seen")
+    parser.add_argument("--leaving", type=percent, help="of the items that the exit spares something, so many leave")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both")
     options = parser.parse_args(arguments)
+    if (options.after is None) != (options.leaving is None):
+        parser.error("--after and --leaving go together")
     keep_freed_memory()
+    if options.after:
+        options.set += exit_for(options.config, options.set, options.input, options.after, options.leaving)
     rounds = []
     with (
         tempfile.TemporaryDirectory() as folder,

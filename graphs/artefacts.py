@@ -41,9 +41,9 @@ def kept(
     """
     if folder is None:
         return make()
-    fault = _fault(folder)
-    if fault is not None:
-        tell(f"{folder} {fault}: what is made is not kept, and will be made again")
+    why = fault(folder)
+    if why is not None:
+        tell(f"{folder} {why}: what is made is not kept, and will be made again")
         return make()
     found = _read(folder / name)
     if found is None or not usable(found):
@@ -56,7 +56,7 @@ def kept(
     return found
 
 
-def _fault(folder: Path) -> str | None:
+def fault(folder: Path) -> str | None:
     """Why the folder is not to be trusted, or None."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ from mmpipe.graphs.capture import Captured
 from mmpipe.graphs.fuse import get_tensor
 from mmpipe.graphs.late import LateModule
 
+_MOST_BYTES = 32 << 20  # of tensors that capture made
+
 
 def forget_weights(captured: Captured, module: nn.Module) -> bytes:
     """`captured` of `module`: tensors of its own by their names, those that capture made as they are.
@@ -28,10 +30,15 @@ def forget_weights(captured: Captured, module: nn.Module) -> bytes:
     own = aliases(module)
     first = {place(tensor): own[name] for name, tensor in _tensors(module).items()}
     tensors: dict[str, Any] = {}
+    made_bytes = 0
     for node in captured.graph.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and str(node.target) not in tensors:
             tensor = get_tensor(captured.graph, node.target)
-            tensors[str(node.target)] = first.get(place(tensor)) or _written(tensor)
+            known = first.get(place(tensor))
+            made_bytes += 0 if known else tensor.numel() * tensor.element_size()
+            if made_bytes > _MOST_BYTES:
+                raise plain.Unwritable("most of its tensors are not the module's")
+            tensors[str(node.target)] = known or _written(tensor)
     about = {
         "name": captured.name,
         "inputs": list(captured.inputs),

@@ -23,7 +23,7 @@ from mmpipe.fusion.heads import DepthHead
 from mmpipe.graphs import plain, recapture
 from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.lengths import lengths_of
-from mmpipe.graphs.plan import HEAD, PRESENCE
+from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
 
 
 def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Captured:
@@ -35,10 +35,10 @@ def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any
         raise EncoderError(f"prepare() returns {type(rows).__name__}; it must return a dict of tensors")
     module, layers = encoder.module.eval(), built.layers if built else None
 
-    def make() -> Captured:
-        return capture(_whole(module), rows, name=modality, layers=layers)
+    def make(whole: nn.Module) -> Captured:
+        return capture(whole, rows, name=modality, layers=layers)
 
-    return make() if built is None else _kept(module, rows, [modality, layers, settings], make)
+    return make(module) if built is None else _kept(module, rows, [modality, layers, settings], make)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Shorter:
         """Of texts of `length` tokens. Raises GraphError."""
         rows = {name: self._cut(row, length) for name, row in self.rows.items()}
 
-        def make() -> Captured:
-            return capture(_whole(self.module), rows, name=self.modality)
+        def make(whole: nn.Module) -> Captured:
+            return capture(whole, rows, name=self.modality)
 
         return _kept(self.module, rows, [self.modality, None, self.settings], make)
 
@@ -92,8 +92,8 @@ def captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:
     rows |= {modality: torch.zeros(dim) for modality, dim in dims.items()}
     module = _HeadCall(head).eval()
 
-    def make() -> Captured:
-        return capture(module, rows, name=HEAD)
+    def make(whole: nn.Module) -> Captured:
+        return capture(whole, rows, name=HEAD)
 
     return _kept(module, rows, [HEAD], make)
 
@@ -120,16 +120,21 @@ class _HeadCall(nn.Module):
         return (self.head(embeddings, presence),)
 
 
-def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Callable[[], Captured]) -> Captured:
-    """What `make` captures of `module`, or captured before in this user's cache of the same module."""
+def _kept(module: nn.Module, rows: Mapping[str, Tensor], about: Any, make: Callable[[nn.Module], Captured]) -> Captured:
+    """What `make` captures of `module`, or captured before in this user's cache of the same module. Of one that was
+    recorded it is captured whole, and gets the recorded one's weights. Raises GraphError."""
     about_module = None if remembering.folder() is None else _architecture(module)
     if about_module is None:
-        return make()
+        return make(_whole(module))
     made: list[Captured] = []
 
     def make_plain() -> bytes:
-        made.append(make())
-        return recapture.forget_weights(made[0], module)
+        whole = _whole(module)
+        made.append(make(whole))
+        content = recapture.forget_weights(made[0], whole)
+        if whole is not module:
+            made[0] = recapture.with_weights(content, module)
+        return content
 
     inputs = {name: [list(row.shape), str(row.dtype)] for name, row in rows.items()}
     try:
@@ -144,4 +149,13 @@ def _architecture(module: nn.Module) -> str | None:
 
 
 def _whole(module: nn.Module) -> nn.Module:
-    return module.whole() if isinstance(module, RecordedModule) else module
+    """With its computation. Raises GraphError where it can't be had any more, or is another by now."""
+    if not isinstance(module, RecordedModule):
+        return module
+    try:
+        whole = module.whole()
+    except EncoderError as error:
+        raise GraphError(f"the model can't be loaded again: {error}") from error
+    if architecture(whole) != module.about:
+        raise GraphError("the model's files were changed while it was in use")
+    return whole

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from mmpipe.config import EncoderConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, recorded
 from mmpipe.encoders import load as load_encoder
 from mmpipe.encoders.hub import asked
-from mmpipe.graphs.artefacts import kept
+from mmpipe.graphs.artefacts import fault, kept
 from mmpipe.machine import processor, versions
 
 _LIMIT_BYTES = 200 << 20  # of all: a graph takes some 100 kB, a tokeniser up to 20 MB, CLAP's filter banks 9 MB
@@ -73,7 +74,8 @@ def known_encoder(settings: EncoderConfig, modality: str, base: Path) -> Encoder
         assert isinstance(encoder, BuiltEncoder)
         return encoder
 
-    if folder() is None or settings.options:
+    where = folder()
+    if where is None or settings.options:
         return load_it()
     what = asked(
         settings.model,
@@ -83,15 +85,16 @@ def known_encoder(settings: EncoderConfig, modality: str, base: Path) -> Encoder
         max_seconds=settings.max_seconds,
         base=base,
     )
-    if what.kind not in _LIBRARIES:
+    if what.kind not in _LIBRARIES or fault(where) is not None:
         return load_it()
     found: list[BuiltEncoder] = []
 
     def make() -> bytes:
+        began_ns = time.time_ns()
         found.append(load_built())
         about = architecture(found[0].module)
         try:
-            return b"" if about is None else recorded.written(found[0], about)
+            return b"" if about is None else recorded.written(found[0], what, about, began_ns)
         except recorded.Unrecordable:
             return b""  # so that it is not tried at every start
 
@@ -100,7 +103,10 @@ def known_encoder(settings: EncoderConfig, modality: str, base: Path) -> Encoder
             found.append(encoder)
         return bool(found) or not content
 
-    content = kept_as("encoder", asdict(what), make, usable)
+    try:
+        content = kept_as("encoder", asdict(what), make, usable)
+    except recorded.Changing:  # or has just been downloaded: the next start will know
+        content = b""
     encoder = found[0] if found else load_built()
     encoder.record = hashlib.sha256(content).hexdigest() if content else ""
     return encoder

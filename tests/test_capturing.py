@@ -195,7 +195,7 @@ def test_what_cannot_be_captured_fails_as_without_a_cache(captures, cache):
                 Loop(),
                 {"x": torch.ones(3)},
                 [],
-                lambda: capturing.capture(Loop(), {"x": torch.ones(3)}, name="x", layers=None),
+                lambda whole: capturing.capture(whole, {"x": torch.ones(3)}, name="x", layers=None),
             )
     assert not list((cache / "captured").glob("*"))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -188,6 +190,79 @@ def test_lengths_that_are_not_kept_are_captured_of_the_model_itself(bert, loads,
     assert first[1:] == again[1:]
 
 
+def test_a_graph_that_was_captured_of_a_known_model_holds_none_of_its_weights(bert, loads, cache):
+    config = {"task": "embed", "encoders": {"text": {"model": f"hf:{bert}", "max_tokens": 32}}}
+    embedding(config)
+    for graph in (cache / "captured").glob("*.graph"):
+        graph.unlink()
+    before = embedding(config)
+    _other_weights(bert)
+    after = embedding(config)
+    assert not np.array_equal(before[0], after[0])
+    monkey = load(f"hf:{bert}", "text", max_tokens=32)
+    want = hub.run(monkey.module, hub.batch(monkey, hub.media_of("text", 3))).numpy()
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    assert np.allclose(after[0], want, atol=1e-5)
+
+
+def test_what_is_written_while_it_is_loaded_is_not_recorded(bert, monkeypatch, loads, cache):
+    load_encoder = remembering.load_encoder
+
+    def slow(*args, **settings):
+        encoder = load_encoder(*args, **settings)
+        _other_length(bert)
+        return encoder
+
+    monkeypatch.setattr(remembering, "load_encoder", slow)
+    config = {"task": "embed", "encoders": {"text": {"model": f"hf:{bert}"}}}
+    embedding(config)
+    assert not list((cache / "captured").glob("*.encoder"))
+    monkeypatch.setattr(remembering, "load_encoder", load_encoder)
+    assert np.array_equal(embedding(config)[0], embedding(config)[0])
+    assert len(list((cache / "captured").glob("*.encoder"))) == 1
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_known_with_what_is_beside_it(models, tmp_path, loads):
+    folder = tmp_path / "sentences"
+    shutil.copytree(models("bert"), folder / "0_Transformer")
+    (tmp_path / "pooling").mkdir()
+    (folder / "1_Pooling").symlink_to(tmp_path / "pooling")
+    parts = [{"type": "x.Transformer", "path": "0_Transformer"}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    found = []
+    for mode in ("cls_token", "max_tokens"):
+        (tmp_path / "pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+        config = {"task": "embed", "encoders": {"text": {"model": f"hf:{folder}"}}}
+        found += [embedding(config)[0], embedding(config)[0]]
+    assert len(loads) == 2
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[2], found[3])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_weights_beside_another_folder_s_configuration(models, tmp_path, loads):
+    folder = shutil.copytree(models("open_clip"), tmp_path / "clip")
+    weights = tmp_path / "elsewhere.safetensors"
+    shutil.move(folder / "open_clip_model.safetensors", weights)
+    config = {"task": "embed", "encoders": {"image": {"model": f"open_clip:{folder}", "weights": str(weights)}}}
+    first = embedding(config)[0]
+    assert np.array_equal(first, embedding(config)[0])
+    about = folder / "open_clip_config.json"
+    told = json.loads(about.read_text())
+    told["preprocess_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    about.write_text(json.dumps(told))
+    assert not np.array_equal(first, embedding(config)[0])
+    assert len(loads) == 2
+
+
+def test_a_folder_that_cannot_be_used_costs_nothing(bert, monkeypatch, cache):
+    (cache / "captured").mkdir(parents=True)
+    (cache / "captured").chmod(0o755)
+    monkeypatch.setattr(recorded, "written", None)  # nobody asks for it
+    config = {"task": "embed", "encoders": {"text": {"model": f"hf:{bert}"}}}
+    assert np.array_equal(embedding(config)[0], embedding(config)[0])
+
+
 def test_what_cannot_be_recorded_is_loaded_every_time(models, loads, cache):
     config = {"task": "embed", "encoders": {"text": {"model": f"open_clip:{models('open_clip')}"}}}  # Python's tokens
     first, again = embedding(config), embedding(config)
@@ -201,36 +276,38 @@ def test_weights_in_another_number_type_are_read_where_they_are(bert, tmp_path):
     halves = {name: tensor.half() for name, tensor in load_file(bert / "model.safetensors").items()}
     save_file(halves, bert / "model.safetensors", metadata={"format": "pt"})
     encoder = load(f"hf:{bert}", "text")
-    content = recorded.written(encoder, None)
+    what = asked(f"hf:{bert}", "text", base=tmp_path)
+    content = recorded.written(encoder, what, None, time.time_ns())
     assert len(content) < (bert / "model.safetensors").stat().st_size / 2
-    again = recorded.read(content, asked(f"hf:{bert}", "text", base=tmp_path), lambda: encoder)
+    again = recorded.read(content, what, lambda: encoder)
     assert again is not None
     own, read = dict(encoder.module.named_parameters()), dict(again.module.named_parameters())
     assert list(own) == list(read)
     assert all(torch.equal(own[name], read[name]) for name in own)
 
 
-def test_a_module_that_is_nobodys_file_is_not_recorded(bert, monkeypatch):
-    encoder = load(f"hf:{bert}", "text")
+def test_a_module_that_is_nobodys_file_is_not_recorded(bert, monkeypatch, tmp_path):
+    encoder, what = load(f"hf:{bert}", "text"), asked(f"hf:{bert}", "text", base=tmp_path)
     monkeypatch.setattr(recorded, "_OWN_BYTES", 1000)
     with torch.no_grad():
         encoder.module.transformer.embeddings.word_embeddings.weight.mul_(2)
     with pytest.raises(recorded.Unrecordable, match="not those of its files"):
-        recorded.written(encoder, None)
+        recorded.written(encoder, what, None, time.time_ns())
 
 
 AWKWARD = [*hub.TEXTS, " ", "[CLS] [SEP] [PAD]", "<s>x</s>", "a" * 3000, "Ａ ﬁ é\u0301", "\u200d\x00\ufeff", "İ ẞ"]
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("family", ["bert", "mpnet", "roberta", "clip", "siglip", "clap", "minilm"])
-def test_tokens_are_those_of_the_tokeniser_itself(models, family):
+def test_tokens_are_those_of_the_tokeniser_itself(models, family, split):
     from transformers import AutoTokenizer
 
     folder = hub.minilm() if family == "minilm" else models(family)
-    reference = AutoTokenizer.from_pretrained(folder)
-    core = Tokens.of(AutoTokenizer.from_pretrained(folder), 12)
+    reference = AutoTokenizer.from_pretrained(folder, split_special_tokens=split)
+    core = Tokens.of(AutoTokenizer.from_pretrained(folder, split_special_tokens=split), 12)
     assert core is not None
-    for tokens in (core, Tokens.read(core.written())):
+    for tokens in (core, Tokens.read(core.written()), pickle.loads(pickle.dumps(core))):
         for text in AWKWARD:
             got = Tokenise(tokens, 12, masked=True)(text)
             want = reference(text, padding="max_length", truncation=True, max_length=12, return_attention_mask=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from mmpipe import configs
+from mmpipe import Pipeline, configs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = Path(configs.__file__).parent / "quickstart"
@@ -40,3 +41,13 @@ def test_on_the_demo(saving, capsys):
     assert [line.split(":")[0] for line in told[3:]] == ["decode + compute", "cores", "wall"]
     early = float(told[0].split(", ")[1].split("%")[0])
     assert early > 30
+
+
+def test_an_exit_at_which_a_share_leaves(saving, tmp_path):
+    given = saving.exit_for("quickstart", [], DEMO / "media", ["image", "text"], saving.percent("40%"))
+    with Pipeline.load("quickstart", overrides=[*saving.ALIKE, *given]) as pipeline:
+        pipeline.run_folder(DEMO / "media", tmp_path)
+    rows = pq.read_table(tmp_path / "predictions").to_pylist()
+    spared = [row for row in rows if "audio" in row["present"] and {"image", "text"} & {*row["used"]}]
+    left = [row for row in spared if row["skipped"]]
+    assert abs(len(left) - 0.4 * len(spared)) <= 1.5

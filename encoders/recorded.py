@@ -137,14 +137,13 @@ def _built(
         tensors[source.name] = tensor
         _put(module, source, tensor)
     prepare, example = _prepared_by(record["prepare"])
-    told = dict(record["fields"])
     return BuiltEncoder(
         module=module,
         prepare=prepare,
         prepare_fast=prepare.fast if isinstance(prepare, ResizeCrop) else None,
         example=example,
         prompts=(lambda texts: _prompts(whole(), texts)) if record["has_prompts"] else None,
-        **told,
+        **record["fields"],
     )
 
 

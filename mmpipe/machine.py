@@ -17,22 +17,8 @@ import torch
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's: microseconds of a core in so many
 _PACKAGES = (
     *("mmpipe", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "open_clip_torch", "timm"),
-    *(
-        "safetensors",
-        "sentencepiece",
-        "ftfy",
-        "regex",
-        "numpy",
-        "pillow",
-        "soundfile",
-        "soxr",
-        "av",
-        "openvino",
-        "onnxruntime",
-        "onnx",
-        "tensorrt",
-        "tensorrt_rtx",
-    ),
+    *("safetensors", "sentencepiece", "ftfy", "regex", "numpy", "pillow", "soundfile", "soxr", "av"),
+    *("openvino", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"),
 )
 
 

@@ -41,6 +41,13 @@ def _no_gpu_by_default(monkeypatch):
     monkeypatch.setattr(placing, "cuda_devices", lambda: 0)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own, which is not there yet."""
+    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """Random weights of the small encoders and of a head over them: what `shop.config` wants."""

@@ -18,11 +18,7 @@ from mmpipe.graphs.digest import digest
 from mmpipe.graphs.fuse import mark_of
 from mmpipe.graphs.plan import GraphError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

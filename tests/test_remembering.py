@@ -26,10 +26,7 @@ ZERO_SHOT = ("open_clip", "clip", "siglip", "minilm", "clap")
 LABELS = ["shoe", "bag", "rain"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMPIPE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

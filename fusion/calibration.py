@@ -82,8 +82,6 @@ class Certified:
     def needed(self) -> int | None:
         """About how many samples would certify something; None: at this rate of errors, no number would."""
         level = 1.0 - self.certainty
-        tested, learnt = len(self.split.test), len(self.split.learn)
-        share = tested / max(tested + learnt, 1)
         rate = 0.0
         if len(self.path_KE):
             together = np.concatenate([self.split.test, self.split.learn])
@@ -92,7 +90,7 @@ class Certified:
                 return None
             rate = min(errors / count, self.max_disagreement / 2)  # few items: so many errors may be chance
         items = items_for(rate, self.max_disagreement, level)
-        return None if items is None else math.ceil(items / (share or 1 - LEARN_SHARE))
+        return None if items is None else math.ceil(items / (1 - LEARN_SHARE))
 
 
 def split(count: int, seed: int = 0, share: float = LEARN_SHARE) -> Split:

@@ -40,6 +40,13 @@ class Captured:
     outputs: int
     layers: int  # how many layers were found under the path given to `capture`
 
+    def results(self) -> list[Mark]:
+        """Of each output, what is known: its shape, "B" for the batch, and its number type. Raises GraphError."""
+        found: Any = self.graph.graph.output_node().args[0]
+        if not isinstance(found, (tuple, list)) or not all(isinstance(node, fx.Node) for node in found):
+            raise GraphError(f"{self.name}: forward must return a tensor, or a tuple of tensors")
+        return [node.meta["mmpipe"] for node in found]
+
 
 class _Positional(nn.Module):
     """Call a module by keyword from positional tensors: export then names no structure of its own."""

@@ -100,7 +100,13 @@ def autotune(
             if winner is not None:
                 best[segment.name, rows, threads] = winner
                 won.append((module, rows, threads, winner))
-    Tuned().keep(won)
+    try:
+        kept = Tuned().keep(won)
+        why = "the cache is off (MMPIPE_CACHE)"
+    except OSError as error:
+        kept, why = None, str(error)
+    if won and kept is None:
+        say(f"the winners are not kept, and no run will know them: {why}")
     return Tuning(tried, best)
 
 
@@ -114,10 +120,10 @@ def line(one: Tried) -> str:
 
 
 def _places(pipeline: Pipeline) -> Iterator[tuple[Segment, int, int]]:
-    """Where a choice is to be made: the encoders' segments, as batches and as single calls run them."""
-    ways = dict.fromkeys(
-        (way.batch_size, way.threads) for way in (pipeline.resolved, pipeline.runners.resolved("call"))
-    )
+    """Where a choice is to be made: the encoders' segments, as batches, large jobs and single calls run them."""
+    runners = pipeline.runners
+    kinds = (pipeline.resolved, runners.for_many(), runners.resolved("call"))
+    ways = dict.fromkeys((way.batch_size, way.threads) for way in kinds)
     for rows, threads in ways:
         for segment in pipeline.plan.segments:
             if segment.branch != HEAD:

@@ -110,7 +110,7 @@ def _variants(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
     if resolved.processes > 1:
         yield "one process", ["runtime.processes=1"]
     if resolved.batch_size > 1:
-        yield "one row a bucket", ["runtime.batch_size=1"]
+        yield "one row a bucket", ["runtime.batch_size=1", f"runtime.processes={resolved.processes}"]
 
 
 def _about(pipeline: Pipeline) -> str:

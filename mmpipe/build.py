@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from mmpipe.answers import FULL
-from mmpipe.calibrated import KEY, Calibration, Gating, by_hand, certified, core_fingerprint, mismatch, read_calibration
+from mmpipe.calibrated import (
+    KEY,
+    Calibration,
+    Gating,
+    by_hand,
+    certified,
+    core_fingerprint,
+    mismatch,
+    read_calibration,
+    unlike,
+)
 from mmpipe.capturing import Shorter, captured_encoder, captured_head, shorter
 from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
@@ -86,6 +96,8 @@ def build(
     each layer that an exit asks for, the pooled state is an output beside the embeddings. What heads are trained on.
     """
     calibration = read_calibration(config) if config.fusion.calibration is not None and not encoders_only else None
+    if calibration is not None and not without_exits and (why := unlike(calibration, config)):
+        without_exits = not_bound(config, why)
     encoders: dict[str, Encoder] = {}
     modality: str
     for modality, settings in config.encoders.items():
@@ -117,13 +129,18 @@ def build(
     exits = gating.exits if classifies else ()
     specs = [_exit_spec(config, number, exit_, encoders, checkpoint) for number, exit_ in enumerate(exits)]
     states = _states(config, encoders) if encoders_only else []
-    with _as_config_error(config, "fusion.exits" if specs or states else "fusion.head"):
-        fused_head = captured_head(head, dims) if head is not None else None
-        if fused_head is not None:
-            specs.append(ExitSpec(FULL, tuple(encoders)))
+    fused_head = None
+    if head is not None:
+        specs.append(ExitSpec(FULL, tuple(encoders)))
+        with _as_config_error(config, "fusion.head"):
+            fused_head = captured_head(head, dims, len(labels), own=":" in config.fusion.head)
+    with _as_config_error(config, "fusion.exits" if specs[:-1] or states else "fusion.head"):
         graph = fuse(branches, fused_head, specs, states)
         removed = optimise(graph)
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder, fast)]
+    audit = config.fusion.audit
+    if audit is not None and audit.on_drift == "disable" and gating.max_disagreement is None:
+        notes.append("fusion.audit: on_drift: disable does nothing without a calibration, which promises something")
     if config.fusion.head == "zero_shot" and specs[:-1] and calibration is None:
         notes.append("exits: zero-shot confidence is not calibrated; thresholds set by hand promise nothing")
     preparations = {name: _preparation(encoder, prepared_by[name], fast) for name, encoder in encoders.items()}

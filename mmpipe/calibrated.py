@@ -135,21 +135,23 @@ def certified(calibration: Calibration) -> Gating:
 
 
 def read_calibration(config: Config) -> Calibration:
-    """The file that `fusion.calibration` names, checked against the configuration. ConfigError with its line."""
+    """The file that `fusion.calibration` names. ConfigError with its line."""
     assert config.fusion.calibration is not None
     path = config.resolve(config.fusion.calibration)
-    found = parse_calibration(read_text(path, path.name), path.name, path)
+    return parse_calibration(read_text(path, path.name), path.name, path)
+
+
+def unlike(found: Calibration, config: Config) -> str:
+    """Why a calibration was made for another configuration; empty: it may hold."""
     if found.labels != config.all_labels:
         unknown = [label for label in found.labels if label not in config.all_labels]
         what = f"it knows the label {shown(unknown[0])}, which the configuration doesn't" if unknown else ""
         missing = [label for label in config.all_labels if label not in found.labels]
         what = what or (f"it doesn't know the label {shown(missing[0])}" if missing else "their order differs")
-        raise config.error(KEY, f"{path.name} was made for other labels: {what}", "run mmpipe calibrate again")
+        return f"it was made for other labels: {what}"
     changed = config.fusion.model_copy(update={"exits": found.exits})
     problems = list(exit_problems(config.model_copy(update={"fusion": changed})))
-    if problems:
-        raise config.error(KEY, f"{path.name}: {problems[0].message}", problems[0].hint)
-    return found
+    return problems[0].message if problems else ""
 
 
 def parse_calibration(text: str, name: str, path: Path | None = None) -> Calibration:

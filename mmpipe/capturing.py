@@ -24,6 +24,7 @@ from mmpipe.graphs import plain, recapture
 from mmpipe.graphs.capture import Captured, capture
 from mmpipe.graphs.lengths import lengths_of
 from mmpipe.graphs.plan import HEAD, PRESENCE, GraphError
+from mmpipe.vetting import vet_encoder, vet_encoder_rows, vet_head, vet_head_rows
 
 
 def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Captured:
@@ -38,7 +39,12 @@ def captured_encoder(encoder: Encoder, modality: str, settings: Mapping[str, Any
     def make(whole: nn.Module) -> Captured:
         return capture(whole, rows, name=modality, layers=layers)
 
-    return make(module) if built is None else _kept(module, rows, [modality, layers, settings], make)
+    if built is not None:
+        return _kept(module, rows, [modality, layers, settings], make)
+    captured = make(module)
+    vet_encoder(captured, encoder.dim)
+    vet_encoder_rows(module, rows)
+    return captured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +92,8 @@ def shorter(encoder: Encoder, modality: str, settings: Mapping[str, Any]) -> Sho
     return found if len(lengths_of(found.longest)) > 1 else None
 
 
-def captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:
-    """Raises GraphError."""
+def captured_head(head: nn.Module, dims: Mapping[str, int], labels: int, *, own: bool) -> Captured:
+    """`own`: written by the user. Raises GraphError, HeadError."""
     rows: dict[str, Tensor] = {PRESENCE: torch.ones(len(dims), dtype=torch.bool)}
     rows |= {modality: torch.zeros(dim) for modality, dim in dims.items()}
     module = _HeadCall(head).eval()
@@ -95,7 +101,11 @@ def captured_head(head: nn.Module, dims: Mapping[str, int]) -> Captured:
     def make(whole: nn.Module) -> Captured:
         return capture(whole, rows, name=HEAD)
 
-    return _kept(module, rows, [HEAD], make)
+    captured = _kept(module, rows, [HEAD], make)
+    vet_head(captured, labels)
+    if own:
+        vet_head_rows(module, rows)
+    return captured
 
 
 def example_medium(modality: str) -> Any:

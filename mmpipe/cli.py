@@ -20,7 +20,7 @@ import typer
 
 from mmpipe import __version__
 from mmpipe.errors import ConfigError, Interrupted, MmpipeError
-from mmpipe.loading import keep_freed_memory, leave_garbage_at_exit, use_huge_pages
+from mmpipe.loading import heed_interrupts, keep_freed_memory, leave_garbage_at_exit, use_huge_pages
 
 if TYPE_CHECKING:
     from mmpipe.config import Config
@@ -54,6 +54,7 @@ def main() -> None:
     use_huge_pages()
     keep_freed_memory()
     leave_garbage_at_exit()
+    heed_interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that can't show a character shows its number
             stream.reconfigure(errors="backslashreplace")
@@ -386,7 +387,9 @@ def fit(
     truth: Annotated[Path, typer.Option(help="Table of true labels: columns id and label.")],
     output: Annotated[Path, typer.Option(help="Folder to write into: new or empty.")],
     input: InputOption = None,
-    seed: Annotated[int, typer.Option(help="Of the split and the training: the same seed, the same head.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the split and the training: the same seed, the same head.")
+    ] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="At most; training stops when it no longer helps.")] = 60,
     limit: Annotated[int | None, typer.Option(min=1, help="Only N labelled samples, drawn at random.")] = None,
     set_: SetOption = None,

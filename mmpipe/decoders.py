@@ -72,6 +72,7 @@ class Decoders:
         self._all: set[Decoder] = set()
         self._closed = False
         self._branches, content = self._pickled(preparations, limits)
+        self._beside = sorted({folder for one in preparations.values() for folder in _folder_of(one.prepare)})
         self._content_fd = os.memfd_create("mmpipe-preparations")
         self._shut = weakref.finalize(self, os.close, self._content_fd)
         with os.fdopen(os.dup(self._content_fd), "wb") as file:
@@ -135,7 +136,7 @@ class Decoders:
         if self._closed:
             return
         try:
-            decoder = Decoder(self._content_fd)
+            decoder = Decoder(self._content_fd, self._beside)
         except OSError as error:
             self.note = f"media are decoded by threads: a process can't be started: {error}"
             return
@@ -198,10 +199,11 @@ class Decoders:
 class Decoder:
     """One process, and this side of it. One thread at a time. What goes wrong with it is EOFError or OSError.
 
-    `content_fd`: a file that says what it prepares. Raises OSError where it can't be started.
+    `content_fd`: a file that says what it prepares. `beside`: where a user's own code is. Raises OSError where it can't
+    be started.
     """
 
-    def __init__(self, content_fd: int) -> None:
+    def __init__(self, content_fd: int, beside: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()
         self._memory_fd = os.memfd_create("mmpipe-decoder")
         self._shut = weakref.finalize(self, os.close, self._memory_fd)
@@ -210,7 +212,7 @@ class Decoder:
             fds = theirs.fileno(), self._memory_fd, content_fd
             # one thread each, as the threads of Ahead; and no context on a GPU
             alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            folders = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
+            folders = json.dumps([entry for entry in (*sys.path, *beside) if isinstance(entry, str)])
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-W", "ignore", "-c", _START.format(*fds), folders],
                 stdin=subprocess.DEVNULL,
@@ -320,6 +322,13 @@ class _Arena:
         for name, view in _views(self._memory, layout).items():
             view.copy_(tensors[name])
         return layout
+
+
+def _folder_of(prepare: Any) -> list[str]:
+    """Where the module of a user's own is that was found beside a configuration: it is not on the path."""
+    module = sys.modules.get(getattr(prepare, "__module__", None) or "")
+    file, package = getattr(module, "__file__", None), getattr(module, "__name__", "").count(".")
+    return [] if file is None else [str(Path(file).absolute().parents[package + Path(file).stem.count("__init__")])]
 
 
 def _shared(fd: int, size: int) -> Tensor:

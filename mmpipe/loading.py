@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import ctypes
 import gc
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,6 +57,23 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def heed_interrupts() -> None:
+    """Ctrl-C and SIGTERM that come while Python runs a finaliser or a weak reference's callback are printed and dropped
+    there: they are given again, once it is done."""
+    before = sys.unraisablehook
+
+    def again(about: sys.UnraisableHookArgs) -> None:
+        error = about.exc_value
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 0) - 128
+        if number in (signal.SIGINT, signal.SIGTERM):
+            threading.Timer(_AGAIN_S, _thread.interrupt_main, [number]).start()
+        else:
+            before(about)
+
+    sys.unraisablehook = again
+
+
+_AGAIN_S = 0.02
 _KEPT_BYTES = 2_000_000_000  # freed memory that stays with the process
 _KEEPS: list[bool] = []
 

@@ -37,6 +37,7 @@ from mmpipe.tuned import WON_BACK, Tuned
 # Below it an encoder is mostly calls and copies: a shorter type brings little, and its rounding is felt as much.
 LARGE_NUMBERS = 5_000_000
 TOKENS_FOR_LENGTHS = 65_536  # of a job's texts, padded: a text encoder is captured for several lengths meanwhile
+_FORKS_BRING = 1.1  # a process for each core, against one of as many threads: where it was not measured
 _GAIN = 1.3  # how much faster a product has to be
 # Of a row, by native code: Python has to call it, and a segment without any runs without Python (interpreted.py).
 _LEAST_SAVED_S = 30e-6
@@ -66,14 +67,15 @@ class Lowering:
     _lengths: dict[int, Mapping[int, Cut]] = field(default_factory=dict)  # id of a module → by length
     _kept: dict[tuple[object, ...], tuple[GraphModule, Lowered]] = field(default_factory=dict)
 
-    def choose(self, made: Cut, rows: int, threads: int, job_rows: int = 0) -> Chosen:
-        """`job_rows`: of the job that is about to begin; a compiler is waited for only where that is won back."""
+    def choose(self, made: Cut, rows: int, threads: int, job_rows: int = 0, *, forked: bool = False) -> Chosen:
+        """`job_rows`: of the job that is about to begin; a compiler is waited for only where that is won back.
+        `forked`: for processes, in which what was tuned to be a compiler's, with threads of its own, can't run."""
         segments: dict[str, Choice] = {}
         told: list[str] = []
         at_lengths: list[str] = []
         waiting: list[int] = []
         for segment in made.plan.segments:
-            choice, why, pays_from = self._one(made, segment, rows, threads, job_rows)
+            choice, why, pays_from = self._one(made, segment, rows, threads, job_rows, forked)
             choice = self._by_length(made, segment, choice, job_rows)
             if pays_from is not None:
                 waiting.append(pays_from)
@@ -94,6 +96,21 @@ class Lowering:
             reasons={"dtype": dtype_why, "backend": "; ".join([*(told or [self._why_backend()]), *at_lengths])},
             more_from=min(waiting, default=None),
         )
+
+    def quicker_forked(self, made: Cut, whole: tuple[int, int], forked: tuple[int, int], count: int) -> bool:
+        """Whether `count` processes without a compiler are faster than one with what was tuned, by what was measured.
+        `whole`, `forked`: (rows, threads) of either."""
+        one = several = 0.0
+        for segment in made.plan.segments:
+            if segment.branch == HEAD:
+                continue
+            module = made.modules[segment.name]
+            tuned, apart = (self.tuned.best(module, *where) for where in (whole, forked))
+            if tuned is None:
+                return False
+            one += tuned.row_seconds
+            several += tuned.plain_row_seconds / _FORKS_BRING if apart is None else apart.plain_row_seconds / count
+        return several <= one
 
     def copied_bytes(self, made: Cut) -> int:
         """What lowered segments hold beside the graph's own weights, which stay for parity and for edits: packed copies
@@ -219,7 +236,7 @@ class Lowering:
         self._lengths.clear()
 
     def _one(
-        self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int
+        self, made: Cut, segment: Segment, rows: int, threads: int, job_rows: int, forked: bool
     ) -> tuple[Choice, str, int | None]:
         """What it is lowered to, why, and the rows from which a compiler would be waited for that isn't here."""
         runtime = self.config.runtime
@@ -232,6 +249,9 @@ class Lowering:
             best = self.tuned.best(module, rows, threads) if self.device.kind == "cpu" else None
             if best is None or runtime.dtype not in ("auto", best.choice.dtype):
                 return self._plain(made, module, large, job_rows)
+            if forked and best.choice.backend not in OPERATION_BY_OPERATION:
+                choice, _, _ = self._plain(made, module, large, job_rows)
+                return choice, f"{segment.name} not {best.choice.backend}, which needs one process for all cores", None
             if not best.pays(job_rows):
                 choice, _, _ = self._plain(made, module, large, job_rows)
                 return choice, f"{segment.name} {best.not_yet(job_rows)}", best.pays_from
@@ -294,7 +314,7 @@ class Lowering:
     def _why_backend(self) -> str:
         if self.config.runtime.backend != "auto":
             return "configured"
-        return "nothing was tuned for these models here; mmpipe autotune finds whether a compiler pays"
+        return "nothing was tuned for these segments and buckets; mmpipe autotune finds whether a compiler pays"
 
 
 def _native_saves(module: GraphModule) -> float:

@@ -353,7 +353,8 @@ class Pipeline:
         useless = [name for name in offered if name not in self._built.preparations]
         if useless and len(useless) == len(offered):
             raise InputError(f"sample {number} has only {', '.join(useless)}: this pipeline has no such encoder")
-        return Sample(str(given.get("id", number)), offered)
+        named = given.get("id")
+        return Sample(str(number if named is None else named), offered)
 
     def close(self) -> None:
         """Give back what the pipeline holds; using it afterwards builds its segments again."""

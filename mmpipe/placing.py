@@ -107,10 +107,10 @@ def resolve(
         reasons[key] = reason if given == "auto" else "configured"
         return value if given == "auto" else given
 
-    def lowered(way: Resolved) -> Resolved:
+    def lowered(way: Resolved, *, forked: bool = False) -> Resolved:
         if lowering is None:
             return way
-        chosen = lowering.choose(made, way.batch_size, way.threads, rows)
+        chosen = lowering.choose(made, way.batch_size, way.threads, rows, forked=forked)
         told = {**way.reasons, **chosen.reasons}
         return replace(
             way,
@@ -179,7 +179,9 @@ def resolve(
     ways = [lowered(way) for way in ways]  # the first is what the rule says
     if count > 1:
         why = f"{count} processes do not fit runtime.memory_limit ({shown(base.memory_limit)})"
-        compiled = _compiled(ways[0])
+        compiled, whole, apart = _compiled(ways[0]), (ways[0].batch_size, ways[0].threads), (of_each, 1)
+        if runtime.backend == "auto" and lowering is not None and compiled:
+            compiled = set() if lowering.quicker_forked(made, whole, apart, count) else compiled
         if not compiled:
             copies = 0 if lowering is None else lowering.copied_bytes(made)
             asked = _in_processes(base, count, runtime.schedule)
@@ -187,7 +189,8 @@ def resolve(
                 told = {**asked.reasons, "batch_size": "one thread gains nothing from more rows, and fewer are padding"}
                 asked = replace(asked, batch_size=of_each, reasons=told)
             with contextlib.suppress(ConfigError):
-                way = lowered(Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True))
+                way = Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True)
+                way = lowered(way, forked=runtime.backend == "auto")
                 compiled = _compiled(way)
                 if not compiled and way.slots >= min(config.output.shard_rows, _BUCKETS_A_PROCESS * way.batch_size):
                     return way

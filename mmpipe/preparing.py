@@ -35,5 +35,5 @@ def prepared(
             return preparation.prepare(medium)
     except MmpipeError:
         raise
-    except Exception as error:  # a user's own code may raise anything; one sample must not end a job
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything; one sample must not end a job
         raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error

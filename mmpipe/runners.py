@@ -34,6 +34,8 @@ from mmpipe.runtime.measure import expected_seconds, leaving, seconds_a_bucket, 
 from mmpipe.tuned import Tuned
 from mmpipe.types import Sample
 
+_MANY = 1_000_000
+
 
 class Runners:
     """Cut, plans and executors of a graph. Not safe for several threads: the pipeline's lock is."""
@@ -88,6 +90,10 @@ class Runners:
                 alone=self._alone(),
             )
         return self._resolved[kind]
+
+    def for_many(self) -> Resolved:
+        """What a folder of very many samples would be run as: a process for each core, where that can be."""
+        return resolve(self.config, self.cut, self.device, "batch", rows=_MANY)
 
     def _alone(self) -> str:
         """Why a job that begins now must be done in one process; "": it need not."""

@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from mmpipe.cache import folder as cache_folder
-from mmpipe.graphs.backends import OPERATION_BY_OPERATION
+from mmpipe.graphs.backends import BACKENDS, OPERATION_BY_OPERATION
 from mmpipe.graphs.digest import digest
 from mmpipe.machine import hardware
 from mmpipe.resolved import Choice
@@ -107,6 +107,13 @@ class Tuned:
 
 
 def _best(entry: Mapping[str, Any]) -> Best:
+    """Raises KeyError, TypeError or ValueError for what `keep` did not write."""
     numbers = {name: float(entry[name]) for name in ("row_seconds", "plain_row_seconds", "ready_seconds")}
+    if not all(0 < value < math.inf for value in (numbers["row_seconds"], numbers["plain_row_seconds"])):
+        raise ValueError("a row takes some time")
+    if not 0 <= numbers["ready_seconds"] < math.inf:
+        raise ValueError("getting ready takes some time")
     choice, plain = (Choice(entry[name]["backend"], entry[name]["dtype"]) for name in ("choice", "plain"))
+    if any(one.backend not in BACKENDS or one.dtype not in ("float32", "bfloat16") for one in (choice, plain)):
+        raise ValueError("no such backend or number type")
     return Best(choice, plain=plain, **numbers)

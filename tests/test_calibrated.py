@@ -188,6 +188,16 @@ def test_a_file_that_does_not_fit_the_configuration_is_refused(weights, tmp_path
         Pipeline.load(config(weights, tmp_path / "c.json", made(**changes)))
     assert caught.value.path == "fusion.calibration"
     assert words in str(caught.value)
+    with Pipeline.load(config(weights, tmp_path / "c.json", made(**changes), on_mismatch="full")) as pipeline:
+        assert [exit_.name for exit_ in pipeline.plan.exits] == ["all"]
+        assert any(words in note for note in pipeline.notes)
+
+
+def test_switching_exits_off_without_a_promise_is_told_to_do_nothing(weights):
+    written = shop.config(weights)
+    written["fusion"]["audit"] = {"share": 0.5, "on_drift": "disable"}
+    with Pipeline.load(written) as pipeline:
+        assert any("does nothing without a calibration" in note for note in pipeline.notes)
 
 
 def test_a_file_that_is_not_there_is_a_config_error(weights, tmp_path):

@@ -224,7 +224,7 @@ def test_a_head_with_fourier_features_and_floors_is_captured(batch):
     for features in head.fourier.values():
         for buffer in features.buffers():
             buffer.normal_()
-    captured = capturing.captured_head(head.eval(), dims)
+    captured = capturing.captured_head(head.eval(), dims, 3, own=False)
     presence_BM = torch.rand(batch, 3) < 0.5
     embeddings = {name: torch.randn(batch, dim) for name, dim in dims.items()}
     given = {"presence": presence_BM, **embeddings}

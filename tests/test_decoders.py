@@ -165,6 +165,20 @@ def test_a_branch_that_is_not_found_there_is_decoded_here_and_the_others_there(t
         sys.modules.pop(name)
 
 
+def test_what_was_found_beside_a_configuration_is_found_there_too(tmp_path):
+    (tmp_path / "beside_prepare.py").write_text("import torch\ndef prepare(text):\n    return {'ids': torch.ones(2)}\n")
+    sys.path.insert(0, str(tmp_path))
+    import beside_prepare
+
+    sys.path.remove(str(tmp_path))  # as it is when an encoder of one's own has been loaded
+    made = Decoders({"text": Preparation("text", 1, beside_prepare.prepare, None, {}, ())}, Limits(), 1)
+    (tmp_path / "it.txt").write_text("it")
+    until(lambda: made.decode("text", tmp_path / "it.txt", lambda tensors: None))
+    assert made.note == ""
+    made.close()
+    sys.modules.pop("beside_prepare")
+
+
 def test_what_is_in_memory_is_not_sent_and_a_part_of_a_file_is(odd, tmp_path):
     odd("begin")
     assert not odd.decoders.decode("text", "a text, not a path", print)

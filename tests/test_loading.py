@@ -59,3 +59,32 @@ print(*[name for name in {slow} if name in sys.modules])
         for _ in range(2)  # the first captures, and keeps what it captured
     ]
     assert found[1].split() == []
+
+
+def test_ctrl_c_within_a_finaliser_is_not_lost() -> None:
+    """Python prints what is raised there, and drops it."""
+    run = """
+import os, signal, sys, time
+from mmpipe.loading import heed_interrupts
+
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+heed_interrupts()
+try:
+    thing = Thing()
+    del thing
+    print("went on")
+    for _ in range(1000):
+        time.sleep(0.01)
+    print("swallowed")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "interrupted"
+    assert "swallowed" not in done.stdout
+    assert done.stderr == ""

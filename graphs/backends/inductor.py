@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,11 +40,8 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
     short = lowered(module, target.dtype)
     with contextlib.ExitStack() as stack:
         if target.folder is not None:
-            try:
-                sealed = stack.enter_context(Sealed(target.folder, _key(short, target, examples)))
-            except OSError as error:
-                raise Unlowerable(f"inductor can't keep what it compiles: {error}") from error
-            stack.enter_context(_compiled_in(sealed.place))
+            place = _place(stack, target.folder, _key(short, target, examples))
+            stack.enter_context(_compiled_in(place))
         threads = torch.get_num_threads()
         torch.set_num_threads(target.threads)  # the code has their number in it
         try:
@@ -62,6 +60,15 @@ def lower(segment: Segment, module: fx.GraphModule, target: Target, examples: Se
         return tuple(compiled(*tensors))
 
     return run
+
+
+def _place(stack: contextlib.ExitStack, folder: Path, key: str) -> Path:
+    """Where the compiler may write: to be kept, or else for this time."""
+    try:
+        return stack.enter_context(Sealed(folder, key)).place
+    except OSError as error:
+        warnings.warn(f"what inductor compiles is not kept: {error}", RuntimeWarning, stacklevel=1)
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmpipe-", ignore_cleanup_errors=True)))
 
 
 def _key(module: fx.GraphModule, target: Target, examples: Sequence[Tensor]) -> str:
@@ -109,4 +116,6 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
+    if full := next((line.strip() for line in lines if "No space left" in line), ""):
+        return full
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -10,6 +10,7 @@ compiled anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,11 +56,15 @@ class Sealed:
         if kind is not None:
             shutil.rmtree(self.place, ignore_errors=True)
             return
-        text = json.dumps(_hashes(self.place), sort_keys=True)
         # beside it first: a list half written would only cost a compilation, but another process may be reading
         half = self._list.with_suffix(f".{os.getpid()}")
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, self._list)
+        try:
+            half.write_text(json.dumps(_hashes(self.place), sort_keys=True), encoding="utf-8")
+            os.replace(half, self._list)
+        except OSError:  # a full disk: what was compiled is there, and is compiled again next time
+            with contextlib.suppress(OSError):
+                half.unlink(missing_ok=True)
+            shutil.rmtree(self.place, ignore_errors=True)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -39,6 +39,10 @@ class Request:
         """Raises ConfigError, InputError (the truth), OutputError."""
         if config.task == "embed":
             raise config.error("task", "embed has no exits: there is nothing to calibrate", "task: classify")
+        deep = any(".layer" in part for exit_ in config.fusion.exits for part in exit_.after)
+        if len(config.encoders) == 1 and not deep:
+            hint = "configure exits inside it (after: image.layer4), or a second encoder"
+            raise config.error("encoders", "one encoder and no depth exits: there is nowhere to leave early", hint)
         shares = {}
         for option, given in (("--max-disagreement", max_disagreement), ("--certainty", certainty)):
             shares[option] = _share(option, given)

@@ -11,7 +11,7 @@ from mmpipe.calibrating import words
 from mmpipe.calibrating.certifying import calibrate
 from mmpipe.calibrating.page import write_page
 from mmpipe.calibrating.request import Request
-from mmpipe.calibrating.scores import Scores, read_scores, with_truth
+from mmpipe.calibrating.scores import Scores, check_known, read_scores, with_truth
 from mmpipe.calibrating.shadow import chosen, shadow
 from mmpipe.errors import ConfigError, OutputError
 from mmpipe.jobs.progress import Progress
@@ -50,6 +50,8 @@ def run_calibrate(request: Request, listing: Listing | None, progress: Progress)
 
 def _scores(request: Request, listing: Listing, pipeline: Pipeline, progress: Progress) -> Scores:
     samples = chosen(listing.samples, request.limit)
+    if request.truth is not None:
+        check_known([sample.id for sample in samples], request.truth)
     progress.start(len(samples), "computing in full")
     try:
         scores, ids = shadow(pipeline, samples, advance=progress.advance)

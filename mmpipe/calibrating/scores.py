@@ -169,12 +169,17 @@ def read_scores(path: Path) -> Scores:
 
 def with_truth(scores: Scores, ids: Sequence[str], truth: Mapping[str, str]) -> Scores:
     """The same with true labels, by id. InputError where none is of these samples."""
+    check_known(ids, truth)
     index = {label: number for number, label in enumerate(scores.labels)}
     numbers = [index[truth[id_]] if id_ in truth else -1 for id_ in ids]
-    if ids and all(number < 0 for number in numbers):
+    return replace(scores, truth_N=torch.tensor(numbers, dtype=torch.long))
+
+
+def check_known(ids: Sequence[str], truth: Mapping[str, str]) -> None:
+    """Raises InputError where the true labels are of none of these samples."""
+    if ids and not any(id_ in truth for id_ in ids):
         known = next(iter(truth))
         raise InputError(
             f"none of the {len(truth):,} ids with a true label is among the samples: for example '{known}'; "
             f"ids are those of the predictions, such as '{ids[0]}'"
         )
-    return replace(scores, truth_N=torch.tensor(numbers, dtype=torch.long))

@@ -190,6 +190,8 @@ def _exists(config: Config, path: str, written: str, *, file: bool = False) -> I
         yield Problem(path, f"{shown(written)} does not exist", f"looked for {found}")
     elif file and not os.path.isfile(found):
         yield Problem(path, f"{shown(written)} is not a file", "name the file itself")
+    elif not os.path.isfile(found) and not os.path.isdir(found):  # opening a pipe would wait for ever
+        yield Problem(path, f"{shown(written)} is a pipe, socket or device", "name a file or a folder")
 
 
 def _module(config: Config, path: str, own_class: str) -> Iterator[Problem]:

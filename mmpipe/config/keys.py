@@ -71,7 +71,7 @@ class EncoderConfig(_Keys):
         description="Text only: tokens beyond this are cut off. Null: the model's own limit. Long jobs pad a text no "
         "further than to the least of a few lengths that holds it.",
     )
-    max_seconds: Annotated[float, Field(gt=0)] | None = Field(
+    max_seconds: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
         default=None, description="Audio only: seconds of sound that are read. Null: the model's own window."
     )
     options: Mapping[str, JsonValue] = Field(default={}, description="Keyword arguments of your own class.")

@@ -90,7 +90,10 @@ def shown(value: object, limit: int = 60) -> str:
         return "a mapping" if value else "{}"
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}" if value else "[]"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
@@ -141,6 +144,8 @@ def parse_yaml(text: str, name: str) -> Document:
         ) from None
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, name) from None
+    except (OverflowError, ValueError) as error:  # an escape beyond Unicode, in text that PyYAML reads
+        raise ConfigError(f"can't be parsed: {error}", where=name) from None
     except RecursionError:
         raise ConfigError("is nested too deeply", where=name, hint=f"at most {MAX_DEPTH} levels") from None
     finally:
@@ -212,7 +217,7 @@ class _Builder:
     def scalar(self, node: yaml.ScalarNode, path: str) -> Any:
         try:
             value = self.loader.construct_object(node)
-        except (ValueError, yaml.constructor.ConstructorError):
+        except (ValueError, LookupError, AttributeError, OverflowError, yaml.constructor.ConstructorError):
             kind = node.tag.rpartition(":")[2].replace("timestamp", "date")
             raise self.error(
                 node, path, f"{shown(node.value)} looks like a {kind} and is none", "quote it to make it text"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,8 @@ def _typed(detail: ErrorDetails, path: str, source: Source, schema: Mapping[str,
     hint = f'write {{model: "{value}"}}' if isinstance(value, str) and "model" in at.get("properties", {}) else ""
     if kind in ("float_type", "int_type") and isinstance(value, str):
         with contextlib.suppress(ValueError):
-            hint = f"this is text to YAML; without quotes: {float(value):.10f}".rstrip("0").rstrip(".")
+            if math.isfinite(float(value)):
+                hint = f"this is text to YAML; without quotes: {float(value):.10f}".rstrip("0").rstrip(".")
     return Problem(path, f"expected {expected}, got {shown(value)}", hint)
 
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from mmpipe.config import Config, load
 from mmpipe.errors import InputError
-from mmpipe.jobs.output import refuse
+from mmpipe.jobs.output import EMPTY, refuse
 from mmpipe.listing import input_root
 from mmpipe.media.manifest import read_manifest
 from mmpipe.starter import BLANK_LABELS
@@ -59,7 +59,7 @@ class Request:
             raise config.error("fusion.head", "zero_shot has no weights to fit", hint)
         if config.fusion.checkpoint is not None:
             notes.append("fusion.checkpoint is not read: fit makes a new one")
-        refuse(output, "new", inside=input_root(config, input))
+        refuse(output, EMPTY, inside=input_root(config, input))
         labels = config.all_labels
         if not labels or labels == BLANK_LABELS:
             labels = truth_labels(truth)

@@ -17,7 +17,7 @@ from mmpipe.fitting.request import Request, check_counts
 from mmpipe.fitting.splitting import Split, stratified
 from mmpipe.fitting.training import fit
 from mmpipe.fitting.writing import CONFIG, REPORT, write_config, write_head
-from mmpipe.jobs.output import claimed, writing
+from mmpipe.jobs.output import EMPTY, claimed, writing
 from mmpipe.jobs.progress import Progress
 from mmpipe.media import Listing
 from mmpipe.types import Sample
@@ -43,7 +43,7 @@ def run_fit(request: Request, listing: Listing, progress: Progress, *, as_json: 
     fitted = fit(request.config, labels, embedded, split, seed=request.seed, epochs=request.epochs)
     measured = measure(fitted, embedded, split, labels, request.config.fusion.confidence)
     told = Told(request.config.source.name, labels, fitted, measured, split, embedded, request.seed, tuple(notes))
-    with claimed(folder, "new"), writing(folder):
+    with claimed(folder, EMPTY), writing(folder):
         write_head(folder, fitted, labels, embedded.dims)
         (folder / REPORT).write_text(render(told), encoding="utf-8")
         write_config(folder, request.config, fitted, labels, _worth(measured, split, request.seed))

@@ -68,11 +68,12 @@ class Auditor:
         self.broken = False  # has the promise ever been seen to be broken
         self.seconds = 0.0
         self.notes: list[str] = []
+        self._over = False
         self._waiting: list[tuple[Sample, str | None]] = []  # with the label of an early answer
 
     @property
     def exits(self) -> bool:
-        return not (self.broken and self.settings.disable)
+        return not (self.broken and self.settings.disable and not self._over)
 
     def look(self, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> None:
         """Choose among a shard's rows, and compute what fills a bucket."""
@@ -86,8 +87,9 @@ class Auditor:
             self._compute()
 
     def finish(self) -> None:
-        """Compute what is still waiting."""
+        """Compute what is still waiting. Too late to switch exits off: no sample is left."""
         if self._waiting:
+            self._over = True
             self._compute()
 
     def _compute(self) -> None:
@@ -106,7 +108,11 @@ class Auditor:
         if promised is None or self.broken or low <= promised:
             return
         self.broken = True
-        then = "exits are off from here on" if self.settings.disable else "calibrate on data as they are now"
+        then = "exits are off from here on"
+        if self.exits:
+            then = "calibrate on data as they are now"
+            if self.settings.disable:
+                then = f"that was known only at the end, when no exit could be switched off any more: {then}"
         self.notes.append(
             f"audit: the exits disagree with the full pipeline on {low:.2%} to {high:.2%} of the samples "
             f"({CERTAINTY:.0%} certain), more than the {promised:.2%} that the calibration promised; {then}"

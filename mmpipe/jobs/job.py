@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from mmpipe.errors import Interrupted, MmpipeError
+from mmpipe.errors import InputError, Interrupted, MmpipeError
 from mmpipe.jobs import shards
 from mmpipe.jobs.auditing import Auditor, AuditSettings
 from mmpipe.jobs.output import claimed, writing
@@ -109,10 +109,12 @@ def run_job(
 ) -> Summary:
     """Run the samples of `listing` (the first `limit`) into `folder`.
 
-    Raises OutputError; Interrupted at Ctrl-C or SIGTERM; MmpipeError where a model or the disk fails. However it ends,
-    whole shards stay, and run.json and the report tell of them.
+    Raises InputError for a limit below 1; OutputError; Interrupted at Ctrl-C or SIGTERM; MmpipeError where a model or
+    the disk fails. However it ends, whole shards stay, and run.json and the report tell of them.
     """
     progress = progress or Silent()
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}: give how many samples to run, 1 or more")
     samples = listing.samples[:limit]
     began, cores = time.perf_counter(), _core_seconds()  # what is measured before the first sample is the job's too
     settings = engine.job_settings(samples)

@@ -17,6 +17,9 @@ _RUN, _REPORT = "run.json", "report.html"
 _REPLACED = re.compile(r"part-\d{5,}\.parquet")
 _UNFINISHED = re.compile(r"\.(part-\d{5,}\.parquet|run\.json|report\.html\.\w+)\.tmp")  # of a run that was killed
 
+EMPTY = "empty"  # the mode of what replaces nothing
+_OR_OVERWRITE = ', or --mode overwrite (in Python: mode="overwrite") to replace what mmpipe wrote'
+
 
 def check_mode(mode: str) -> None:
     """Raises ConfigError (exit code 2) for a mode that there isn't."""
@@ -80,7 +83,8 @@ def _make(folder: Path) -> None:
 
 def _replaceable(folder: Path, mode: str) -> list[Path]:
     """What mmpipe wrote there before. Raises where there is anything and `mode` is not "overwrite"."""
-    check_mode(mode)
+    if mode != EMPTY:
+        check_mode(mode)
     parts = folder / FOLDER
     try:
         inside = sorted(parts.iterdir()) if os.path.lexists(parts) else []
@@ -94,26 +98,33 @@ def _replaceable(folder: Path, mode: str) -> list[Path]:
     names = [path.name for path in beside] + [f"{FOLDER}/{path.name}" for path in inside]
     if names and mode != "overwrite":
         raise OutputError(
-            f"{folder} is not empty ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}): "
-            'give another folder, or --mode overwrite (in Python: mode="overwrite") to replace what mmpipe wrote'
+            f"{folder} is not empty ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}): give another folder"
+            + (_OR_OVERWRITE if mode != EMPTY else "")
         )
     ours = [path for path in inside if _REPLACED.fullmatch(path.name)]
     ours += [path for path in beside if path.name in (_RUN, _REPORT)]
     for path in ours:
         if not _is_ours(path):
             raise OutputError(f"{path} was not written by mmpipe, and would be replaced: give another folder")
-    return ours + [path for path in (*inside, *beside) if _UNFINISHED.fullmatch(path.name)]
+    unfinished = [path for path in (*inside, *beside) if _UNFINISHED.fullmatch(path.name)]
+    for path in unfinished:
+        if path.is_dir() and not path.is_symlink():
+            raise OutputError(f"{path} is a folder, which mmpipe did not make: give another folder")
+    return ours + unfinished
 
 
 def _is_ours(path: Path) -> bool:
+    if not path.is_file():  # opening a pipe would wait for ever
+        return False
     if path.suffix == ".parquet":
         return is_shard(path)
     try:
         if path.name == _REPORT:
             with path.open("rb") as file:
                 return b"mmpipe report</title>" in file.read(4096)
-        return "fingerprints" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_bytes())
+        return isinstance(found, dict) and "fingerprints" in found
+    except (OSError, ValueError, RecursionError):
         return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,20 @@ def schema(dims: Mapping[str, int], labels: int, keep_types: Mapping[str, Any]) 
 
 def table(predictions: Sequence[Prediction], columns: pa.Schema) -> pa.Table:
     """One row per prediction, in order."""
-    return pa.Table.from_arrays([_column(predictions, field) for field in columns], schema=columns)
+    last = columns.get_field_index(_COLUMNS[-1].name), columns.get_field_index("probabilities")
+    kept = set(columns.names[last[0] + 1 : last[1]])  # a manifest's column may be called as anything else is
+    return pa.Table.from_arrays([_column(predictions, field, kept) for field in columns], schema=columns)
 
 
-def _column(predictions: Sequence[Prediction], field: pa.Field) -> pa.Array:
+def _column(predictions: Sequence[Prediction], field: pa.Field, kept: Set[str]) -> pa.Array:
     name = field.name
     if name == "top_k":
         values: list[Any] = [
             [{"label": label, "probability": p} for label, p in row.top_k] if row.label is not None else None
             for row in predictions
         ]
+    elif name in kept:
+        values = [row.keep.get(name) for row in predictions]
     elif name.startswith("embedding_"):
         found = [(row.embeddings or {}).get(name.removeprefix("embedding_")) for row in predictions]
         return _vectors(found, field.type)
@@ -72,10 +76,8 @@ def _column(predictions: Sequence[Prediction], field: pa.Field) -> pa.Array:
         return _vectors([row.embedding for row in predictions], field.type)
     elif name == "error":  # may quote what a user's own code raised: half characters can't be written
         values = [row.error and row.error.encode("utf-8", "backslashreplace").decode() for row in predictions]
-    elif name in Prediction.__dataclass_fields__ and name != "keep":
-        values = [getattr(row, name) for row in predictions]
     else:
-        values = [row.keep.get(name) for row in predictions]
+        values = [getattr(row, name) for row in predictions]
     return pa.array(values, type=field.type)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BLOCK_VALUES = 1 << 20  # frames x channels decoded at a time
 _MAX_CHANNELS = 64
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # at most
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile's way to say that a header doesn't tell
 _STREAMED_BYTES = 0x7FFF_0000  # a WAV whose header says at least this was written to a pipe: its length isn't known
 _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,mp3,ogg,flac,wav,aiff,matroska,webm,asf,amr,caf,ac3,eac3"
@@ -75,6 +76,8 @@ def from_memory(source: Any, limits: Limits, max_seconds: float | None, start_se
         raise MediaError("audio", "no_rate", "samples without a rate: give (samples, rate_hz)")
     if not isinstance(source, tuple | list) or len(source) != 2 or not hasattr(source[0], "shape"):
         text = f"a {type(source).__name__} is no sound: give a path, bytes or (samples, rate_hz)"
+        if isinstance(source, tuple | list) and len(source) == 2:
+            text = f"samples in a {type(source[0]).__name__}: give an array or a tensor of them, and the rate"
         raise MediaError("audio", "unsupported", text)
     samples, rate = source
     if hasattr(rate, "shape") and rate.shape == ():
@@ -193,8 +196,26 @@ def _from_soundfile(
     if got < _wanted(declared, rate_hz, max_seconds):
         text = f"the file ends after {got / rate_hz:.1f} s of {declared / rate_hz:.1f}"
         raise MediaError("audio", "truncated", text)
+    if (
+        sound.format == "OGG"
+        and got < _wanted(longest + 1, rate_hz, max_seconds)
+        and not _ogg_is_whole(file, size_bytes)
+    ):
+        raise MediaError("audio", "truncated", f"the stream breaks off after {got / rate_hz:.1f} s")
     _check_length(got, rate_hz, limits)
     return _finished(_joined(blocks), rate_hz)
+
+
+def _ogg_is_whole(file: BinaryIO, size_bytes: int) -> bool:
+    """Whether the last page is there to its end, and says that it ends its stream. libsndfile takes the last one that
+    it finds for the end. Source: RFC 3533, section 6."""
+    file.seek(max(0, size_bytes - 2 * _OGG_PAGE_BYTES))
+    tail = file.read(2 * _OGG_PAGE_BYTES)
+    page = tail[tail.rfind(b"OggS") :]
+    if not page.startswith(b"OggS") or len(page) < 27:
+        return False
+    segments = page[27 : 27 + page[26]]
+    return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(segments)
 
 
 def _declared_frames(sound: Any, told: bool, counted: bool, got: int) -> int:

@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -20,6 +21,7 @@ from mmpipe.media.limits import Limits
 from mmpipe.media.views import View, part_of_picture, part_of_text, shorter_share
 
 _UNKNOWN_BYTES = 1 << 16  # estimate for what can't be looked into: it will fail early, or is small
+_ADDRESS = re.compile(r"(^|/)(https?|s3|gs|ftp):/")  # in a path it has one slash left
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -179,7 +181,8 @@ def opened(modality: str, source: Any, limits: Limits) -> Iterator[tuple[BinaryI
         raise MediaError(modality, "unreadable", "permission denied") from None
     except (FileNotFoundError, NotADirectoryError):
         link = " (a link to nothing)" if os.path.islink(source) else ""
-        raise MediaError(modality, "not_found", f"no such file{link}") from None
+        remote = ": addresses on the web are not fetched" if _ADDRESS.search(os.fsdecode(source)) else ""
+        raise MediaError(modality, "not_found", f"no such file{link}{remote}") from None
     except OSError as error:
         raise MediaError(modality, "unreadable", error.strerror or "can't be opened") from error
     except (ValueError, TypeError) as error:  # a NUL in the name, a path of bytes

@@ -241,6 +241,8 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Manifest:
     try:
         with pq.ParquetFile(path) as file:
             present = file.schema_arrow.names
+            if twice := sorted({name for name in present if present.count(name) > 1}):
+                raise InputError(f"{path.name}: column '{twice[0]}' is there {present.count(twice[0])} times")
             wanted.check(present)
             needed = [
                 column for column in dict.fromkeys((*wanted.column_of.values(), *wanted.keep)) if column in present

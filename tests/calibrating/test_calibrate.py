@@ -219,6 +219,7 @@ def test_the_command_writes_a_file_that_a_run_can_use_and_a_report(weights, fold
         (["quickstart", "--output", "c.html"], 2, "JSON"),
         (["quickstart", "--limit", "10"], 2, "--input"),
         (["quickstart", "--input", "nowhere"], 2, "nowhere"),
+        (["custom"], 2, "nowhere to leave early"),
     ],
 )
 def test_what_can_not_be_calibrated_is_refused_first(arguments, code, words, tmp_path, monkeypatch):

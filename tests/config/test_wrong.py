@@ -35,6 +35,13 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}output: {'[' * 5000}\n", None, "", "too deeply"),
     ("task: \x07\n", 1, "", "U+0007"),
     ("labels: [2024-13-45, b]\n", 1, "labels.0", "quote it"),
+    ('task: !!float ""\n', 1, "task", "quote it"),
+    ('labels: [!!int "_", b]\n', 1, "labels.0", "quote it"),
+    ("labels: [!!bool x, b]\n", 1, "labels.0", "quote it"),
+    ("labels: [!!timestamp x, b]\n", 1, "labels.0", "quote it"),
+    (f"labels: [{'1:' * 3000}1.5, b]\n", 1, "labels.0", "quote it"),
+    (f"labels: [{'1:' * 30000}1, b]\n{IMAGE}", 1, "labels.0", "text is needed"),
+    ('task: "\\UFFFFFFFF"\n', None, "", "can't be parsed"),
     # labels
     (IMAGE, 1, "labels", "labels_file"),
     (f"labels: [yes, no]\n{IMAGE}", 1, "labels.0", 'quote it: "yes"'),

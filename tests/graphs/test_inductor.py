@@ -85,6 +85,28 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path):
         pass
 
 
+@needs_compiler
+def test_where_nothing_can_be_kept_it_is_compiled_for_this_time(made, tmp_path):
+    tmp_path.chmod(0o777)
+    x = torch.randn(4, 8)
+    with torch.inference_mode():
+        want = lower_with(made, None, backend="eager")(x)[0]
+        with pytest.warns(RuntimeWarning, match="not kept.*somebody else"):
+            run = lower_with(made, tmp_path)
+        assert torch.allclose(run(x)[0], want, atol=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_the_artefact_alone(tmp_path, monkeypatch):
+    def full(self, text, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with Sealed(tmp_path / "kept", "one") as sealed:
+        (sealed.place / "code").write_bytes(b"whole")
+    assert not Sealed(tmp_path / "kept", "one").known
+
+
 def test_half_an_artefact_is_no_artefact(tmp_path):
     def write_half():
         with Sealed(tmp_path / "kept", "one") as sealed:

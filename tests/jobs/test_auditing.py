@@ -92,6 +92,15 @@ def test_disabled_exits_end_the_audit():
     assert "exits are off" in one.notes[0]
 
 
+def test_what_is_known_only_at_the_end_switches_nothing_off():
+    one = auditor(full_label="lamp", disable=True, batch=1000)
+    one.look(*rows(IDS[:80]))
+    one.finish()
+    assert one.broken
+    assert not one.report()["exits_disabled"]
+    assert "known only at the end, when no exit could be switched off any more" in one.notes[0]
+
+
 def test_samples_wait_until_they_fill_a_bucket():
     sizes = []
     one = auditor()

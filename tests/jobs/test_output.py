@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import pytest
 
 from mmpipe.errors import ConfigError, OutputError
 from mmpipe.jobs import shards
-from mmpipe.jobs.output import claimed, refuse
+from mmpipe.jobs.output import EMPTY, claimed, refuse
 
 
 def a_job(folder):
@@ -71,7 +72,9 @@ def test_overwrite_removes_what_mmpipe_wrote_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run.json", "report.html", "predictions/part-00000.parquet"])
-@pytest.mark.parametrize("content", [b"[1]", b"", b"{}", b"<html>my mmpipe notes</html>"])
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"", b"{}", b"<html>my mmpipe notes</html>", b'"my fingerprints"', b"[" * 100_000]
+)
 def test_files_of_our_names_that_are_not_ours_are_refused_even_by_overwrite(tmp_path, name, content):
     (tmp_path / "predictions").mkdir()
     (tmp_path / name).write_bytes(content)
@@ -79,6 +82,26 @@ def test_files_of_our_names_that_are_not_ours_are_refused_even_by_overwrite(tmp_
         with pytest.raises(OutputError, match="not written by mmpipe"):
             attempt(tmp_path, "overwrite")
     assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["run.json", "report.html", "predictions/part-00000.parquet"])
+def test_a_pipe_of_our_name_is_not_waited_for(tmp_path, name):
+    (tmp_path / "predictions").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match="not written by mmpipe"):
+        refuse(tmp_path, "overwrite")
+
+
+def test_a_folder_of_an_unfinished_files_name_is_refused(tmp_path):
+    (tmp_path / ".run.json.tmp").mkdir()
+    with pytest.raises(OutputError, match="is a folder, which mmpipe did not make"):
+        refuse(tmp_path, "overwrite")
+
+
+def test_what_never_replaces_does_not_say_that_it_could(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"not empty.*: give another folder$"):
+        refuse(tmp_path, EMPTY)
 
 
 def test_a_parquet_file_of_someone_else_is_not_ours(tmp_path):

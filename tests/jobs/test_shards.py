@@ -113,6 +113,14 @@ def test_a_kept_column_can_not_take_a_name_of_ours(name):
         shards.schema({"text": 2}, 2, {name: pa.string(), "price": pa.int64()})
 
 
+def test_a_kept_column_may_have_any_other_name(tmp_path):
+    kept = {"embeddings": "a", "embedding_model": "clip", "keep": 3}
+    types = {"embeddings": pa.string(), "embedding_model": pa.string(), "keep": pa.int64()}
+    table = written(tmp_path, [Prediction("a", "ok", keep=kept)], shards.schema({"text": 2}, 2, types))
+    assert table.select(list(kept)).to_pylist() == [kept]
+    assert table.column("embedding_text").null_count == 1
+
+
 def test_errors_that_quote_half_a_character_can_be_written(tmp_path):
     row = Prediction(id="a", status="failed", error="text:unusable: ValueError: \ud83d")
     assert written(tmp_path, [row], shards.schema({"text": 2}, 2, {})).column("error").to_pylist() == [

@@ -50,6 +50,9 @@ BROKEN: list[tuple[str, Callable[[], bytes], str, str]] = [
     ("a.mp3", lambda: half(sound("MP3", 4)), "audio", "truncated"),
     ("a.m4a", lambda: half(m4a()), "audio", "truncated"),
     ("a.m4a", lambda: half(m4a(5, movflags="faststart")), "audio", "truncated"),
+    ("a.ogg", lambda: half(sound("OGG", 9)), "audio", "truncated"),
+    ("a.ogg", lambda: sound("OGG", 9)[:-1], "audio", "truncated"),
+    ("a.opus", lambda: half(sound("OGG", 9, "OPUS")), "audio", "truncated"),
     ("a.wav", lambda: sound("WAV")[:30], "audio", "corrupt|truncated|empty"),
     ("a.flac", lambda: b"fLaC" + bytes(60), "audio", "corrupt"),
     ("a.wav", lambda: sound("WAV", 0), "audio", "empty"),
@@ -95,6 +98,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             assert info.value.code == code, name
             assert str(tmp_path) not in str(info.value)
             assert estimate_bytes(modality, tmp_path / name) > 0
+    with pytest.raises(MediaError, match=r"x\.jpg: no such file: addresses on the web are not fetched"):
+        load("image", tmp_path / "https://example.com/x.jpg")
     with pytest.raises(MediaError) as info:
         load("image", "/dev/zero")
     assert info.value.code == "unsupported"
@@ -213,3 +218,19 @@ def test_before_it_is_decoded_it_says_what_it_takes(tmp_path: Path) -> None:
     with pytest.raises(MediaError):  # a header that can't be read takes nothing
         load("image", b"\xff\xd8\xff", reserve=taken.append)
     assert not taken
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_of_an_ogg_that_breaks_off_later_the_window_is_heard(subtype: str) -> None:
+    whole = sound("OGG", 9, subtype)
+    samples, rate_hz = load("audio", whole, max_seconds=2)
+    again, _ = load("audio", half(whole), max_seconds=2)
+    assert rate_hz == RATE_HZ
+    assert len(samples) == 2 * RATE_HZ
+    np.testing.assert_array_equal(again, samples)
+    assert len(load("audio", whole)[0]) == 9 * RATE_HZ
+
+
+def test_samples_in_a_list_are_told_of_as_such() -> None:
+    with pytest.raises(MediaError, match="samples in a list: give an array or a tensor"):
+        load("audio", ([0.0, 0.5], 16_000))

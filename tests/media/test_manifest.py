@@ -136,3 +136,10 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "items.csv").mkdir()
     with pytest.raises(InputError, match="a folder, not a manifest"):
         find(None, manifest=tmp_path / "items.csv")
+
+
+def test_a_parquet_file_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "items.parquet")
+    with pytest.raises(InputError, match=r"items\.parquet: column 'text' is there 2 times"):
+        find(None, manifest=tmp_path / "items.parquet")

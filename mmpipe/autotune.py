@@ -82,6 +82,8 @@ def autotune(
             f"autotune measures on the CPU, and runtime.device is {pipeline.resolved.device}: "
             "--set runtime.device=cpu measures there"
         )
+    if "tensorrt" in backends:
+        say("tensorrt is for GPUs, and is not measured here")
     real = real_rows(samples, pipeline.built.preparations, pipeline.limits)
     tried: list[Tried] = []
     best: dict[tuple[str, int, int], Best] = {}

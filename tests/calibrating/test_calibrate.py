@@ -296,3 +296,19 @@ def test_an_exit_that_is_not_worth_its_looks_may_be_left_out(scored):
     exits = dear.exits(sequences[0], {}, "max_probability")
     assert (exits.without() < exits.cost_FN[-1]).all()  # without exits the head looks once
     assert (exits.outcome(np.full((1, len(exits.names)), np.inf))[1] < 0).all()
+
+
+def test_what_is_known_is_not_encoded_again_and_costs_what_it_would_cost(weights, folder, cache):
+    """`cache` names a folder of its own."""
+    exits = [{"after": ["image", "text"], "threshold": 0.0}]
+    found = []
+    for _ in range(2):
+        with Pipeline.load(shop.config(weights, exits)) as pipeline:
+            found.append(shadow(pipeline, pipeline.find(folder).samples)[0])
+            run = pipeline.run(pipeline.find(folder).samples, exits=False)[1]
+            assert run.missed == {"image": 1, "audio": 1}  # the broken ones
+    first, second = found
+    torch.testing.assert_close(second.logits, first.logits, rtol=0, atol=0, equal_nan=True)
+    assert first.seconds.keys() == second.seconds.keys()
+    for name, seconds in second.seconds.items():
+        assert seconds > first.seconds[name] / 20, name  # not what looking it up takes

@@ -26,6 +26,7 @@ from mmpipe.calibrated import (
     certified,
     core_fingerprint,
     mismatch,
+    no_second_look,
     read_calibration,
     unlike,
 )
@@ -138,6 +139,8 @@ def build(
         graph = fuse(branches, fused_head, specs, states)
         removed = optimise(graph)
     notes = [f"{modality}: {note}" for modality, encoder in encoders.items() for note in _notes(encoder, fast)]
+    if not without_exits and (why := no_second_look(config, calibration)):
+        notes.append(why)
     audit = config.fusion.audit
     if audit is not None and audit.on_drift == "disable" and gating.max_disagreement is None:
         notes.append("fusion.audit: on_drift: disable does nothing without a calibration, which promises something")

@@ -77,6 +77,28 @@ class Accuracy(_Keys):
     certainty: Annotated[float, Field(gt=0, lt=1)] = Field(description="Of that limit.")
 
 
+class SecondLook(_Keys):
+    """What `fusion.deliberate` brought, where it was configured and true labels were given."""
+
+    below: Annotated[float, Field(gt=0, le=1)] = Field(description="As it was configured.")
+    views: Count = Field(description="As it was configured.")
+    items: Count = Field(description="Items whose true label was given.")
+    looked_at: Count = Field(description="Of those: looked at again.")
+    won: Count = Field(description="Of those: wrong at first, right after the second look.")
+    lost: Count = Field(description="Of those: right at first, wrong after it.")
+    seconds: Annotated[float, Field(ge=0)] = Field(description="What looking again took.")
+    pays: bool = Field(description="Whether it surely wins more than it loses; if not, runs leave it out.")
+
+    def told(self) -> str:
+        """In a sentence."""
+        each = f", at {1e3 * self.seconds / self.looked_at:.3g} ms each" if self.looked_at else ""
+        verdict = "it stays on" if self.pays else "it is not shown to pay, and is left out"
+        return (
+            f"of {self.items:,} items with a true label {self.looked_at:,} were looked at again{each}; {self.won:,} "
+            f"answers were won by it, {self.lost:,} lost: {verdict}"
+        )
+
+
 class BindsTo(_Keys):
     """What the exits were certified for."""
 
@@ -102,6 +124,7 @@ class Calibration(_Keys):
     promise: Promise | None = Field(description="What holds for the exits; null: nothing could be certified.")
     expected: Expected | None = Field(description="What leaving early saves.")
     accuracy: Accuracy | None = Field(description="What it costs in accuracy, where true labels were given.")
+    second_look: SecondLook | None = Field(default=None, description="Whether `fusion.deliberate` pays.")
 
 
 @dataclass(frozen=True)
@@ -117,6 +140,14 @@ class Gating:
     def thresholds(self) -> tuple[float, ...]:
         never = math.inf
         return tuple(never if exit_.threshold is None else exit_.threshold for exit_ in self.exits)
+
+
+def no_second_look(config: Config, calibration: Calibration | None) -> str:
+    """Why `fusion.deliberate` is left out though it is configured; empty: it is not."""
+    tried, asked = calibration.second_look if calibration else None, config.fusion.deliberate
+    if tried is None or asked is None or tried.pays or (tried.below, tried.views) != (asked.below, asked.views):
+        return ""
+    return f"fusion.deliberate: {tried.told()}"
 
 
 def by_hand(config: Config, exits: bool = True) -> Gating:

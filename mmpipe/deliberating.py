@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmpipe.answers import Weighed
 from mmpipe.build import Built, Preparation
+from mmpipe.calibrated import no_second_look
 from mmpipe.config import Config, DeliberateConfig
 from mmpipe.errors import MediaError
 from mmpipe.fusion import gate
@@ -43,7 +44,7 @@ class Deliberation:
     @classmethod
     def configured(cls, config: Config, built: Built, limits: Limits) -> Self | None:
         """As the configuration says; None: not at all."""
-        if config.fusion.deliberate is None:
+        if config.fusion.deliberate is None or no_second_look(config, built.calibration):
             return None
         settings, chunk = config.fusion.deliberate, config.output.shard_rows
         return cls(settings, built.preparations, limits, built.confidence, chunk)

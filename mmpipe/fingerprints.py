@@ -20,6 +20,7 @@ from torch import fx
 
 from mmpipe.build import Built
 from mmpipe.cache import Form
+from mmpipe.calibrated import no_second_look
 from mmpipe.config import Config
 from mmpipe.graphs.digest import digest as digest_of
 from mmpipe.graphs.digest import of_tensors
@@ -55,6 +56,9 @@ def fingerprints(
         versions(),
         processor(),
     )
+    decided = config.fusion.model_dump(mode="json", include={"audit", "deliberate"})
+    if no_second_look(config, built.calibration):
+        decided["deliberate"] = None
     ids = hashlib.sha256()
     for sample in samples:
         ids.update(_json([sample.id, {name: str(value) for name, value in sample.media.items()}]))
@@ -63,7 +67,7 @@ def fingerprints(
         list(built.thresholds),
         list(built.temperatures),
         built.confidence,
-        config.fusion.model_dump(mode="json", include={"audit", "deliberate"}),
+        decided,
         config.input.model_dump(mode="json"),
         config.output.model_dump(mode="json", exclude={"folder", "thumbnails"}),
         ids.hexdigest(),

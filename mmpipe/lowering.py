@@ -98,8 +98,8 @@ class Lowering:
         )
 
     def quicker_forked(self, made: Cut, whole: Resolved, rows: int, count: int) -> bool:
-        """Whether `count` processes of one thread, with buckets of `rows` and no compiler, are faster than one process as
-        `whole` with what was tuned: by what was measured."""
+        """Whether `count` processes of one thread, with buckets of `rows` and no compiler, are faster than one process
+        as `whole` with what was tuned: by what was measured."""
         one = several = 0.0
         lanes = whole.lanes if whole.streams == "lanes" else 1  # that compute side by side
         for segment in made.plan.segments:

@@ -128,7 +128,12 @@ def _folder_labels(pairing: Pairing) -> list[str]:
     """cats/1.jpg, dogs/1.jpg: the names of the folders, where they look like classes."""
     if pairing.pair_by != "stem" or pairing.pattern:
         return []
-    parents = {PurePosixPath(sample.id).parts[0] if "/" in sample.id else "" for sample in pairing.listing.samples}
+    holds: dict[str, set[str]] = {}
+    for sample in pairing.listing.samples:
+        holds.setdefault(PurePosixPath(sample.id).parts[0] if "/" in sample.id else "", set()).update(sample.media)
+    parents = set(holds)
+    if all(len(kinds) == 1 for kinds in holds.values()) and len(set.union(*holds.values())) > 1:
+        return []  # photos/ and texts/ are kinds of media
     labels = sorted({" ".join(name.replace("_", " ").replace("-", " ").split()) for name in parents})
     items = sum("/" in sample.id for sample in pairing.listing.samples)
     return labels if "" not in labels and len(labels) in _LABELS and items > len(labels) else []

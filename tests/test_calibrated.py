@@ -31,6 +31,7 @@ MADE = {
     },
     "expected": {"saving": 0.4, "seconds_full": 0.1, "seconds_with_exits": 0.06},
     "accuracy": None,
+    "second_look": None,
 }  # fmt: skip
 
 
@@ -84,6 +85,27 @@ def test_a_file_replaces_the_exits_in_its_own_order_and_tempers_them(weights, tm
         top = [p for _, p in plain_one.top_k]
         ratio = math.log(top[0] / top[1]) / 1.5  # softmax at a temperature of 1.5
         assert math.log(warm.top_k[0][1] / warm.top_k[1][1]) == pytest.approx(ratio, rel=1e-3)
+
+
+LOOK = {"below": 0.8, "views": 4, "items": 900, "looked_at": 40, "won": 2, "lost": 3, "seconds": 0.4, "pays": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "deliberates"),
+    [
+        ({}, False),
+        ({"pays": True}, True),
+        ({"views": 3}, True),  # that was another second look
+    ],
+)
+def test_a_second_look_that_was_not_shown_to_pay_is_left_out(weights, tmp_path, core, changes, deliberates):
+    content = {**bound(core), "exits": [], "promise": None, "second_look": {**LOOK, **changes}}
+    written = config(weights, tmp_path / "c.json", content, deliberate={"below": 0.8, "views": 4})
+    with Pipeline.load(written) as pipeline:
+        samples = pipeline.find(shop.media(tmp_path / "media", 12)).samples
+        assert any(one.deliberated for one in pipeline.predict(samples)) == deliberates
+        told = "of 900 items with a true label 40 were looked at again, at 10 ms each; 2 answers were won by it, 3 lost"
+        assert any(told in note for note in pipeline.notes) != deliberates
 
 
 def test_an_exit_that_nobody_leaves_at_stays_and_lets_nobody_go(weights, tmp_path, core):

@@ -109,6 +109,7 @@ def test_folders_that_look_like_classes_become_labels(tmp_path):
         ["cats/1.jpg", "dogs/1.jpg", "9.jpg"],  # some outside
         [f"{number}/1.jpg" for number in range(60)],  # one item each
         [f"{number}/{name}.jpg" for number in range(60) for name in "ab"],  # too many
+        [f"{folder}/{n}_x.{suffix}" for folder, suffix in (("photos", "jpg"), ("texts", "txt")) for n in "12"],  # kinds
     ],
 )
 def test_other_folders_do_not(tmp_path, names):

@@ -49,7 +49,7 @@ def _chip(index: int, name: str) -> str:
 
 def _header(result: Result, title: str) -> str:
     certified, calibration = result.certified, result.calibration
-    told = [text for text in (words.promise(result), words.accuracy(result)) if text]
+    told = [text for text in (words.promise(result), words.accuracy(result), words.second_look(result)) if text]
     figures = [
         (
             "may differ, at most",

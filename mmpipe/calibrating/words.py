@@ -16,7 +16,9 @@ def verdict(result: Result) -> str:
     certified, count = result.certified, result.scores.count
     if result.calibration.promise is None:
         if certified.passed:
-            return f"The exits that can be certified with {count:,} items save nothing."
+            at_best = float(certified.saving_K[: certified.passed].max())
+            cost = f": the best of them takes {share(-at_best)} more time than none" if at_best < 0 else ""
+            return f"The exits that can be certified with {count:,} items save nothing{cost}. They are left out."
         asked = f"at most {share(certified.max_disagreement)} disagreement with {share(certified.certainty)} certainty"
         more = (
             "the surest answers already differ too often, and more items would not help"
@@ -53,6 +55,12 @@ def accuracy(result: Result) -> str:
     )
 
 
+def second_look(result: Result) -> str:
+    """Whether looking again pays, where that was tried."""
+    tried = result.calibration.second_look
+    return "" if tried is None else f"A second look: {tried.told()}."
+
+
 def summary(result: Result) -> str:
     """A few lines for a terminal."""
     lines = [verdict(result)]
@@ -71,8 +79,7 @@ def summary(result: Result) -> str:
         lines.append(
             f"\nOn the {tested:,} items it was tested on, {share(certified.observed)} of the answers differed."
         )
-    if words := accuracy(result):
-        lines.append(words)
+    lines += [told for told in (accuracy(result), second_look(result)) if told]
     return "\n".join(lines)
 
 

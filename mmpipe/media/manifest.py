@@ -226,7 +226,28 @@ def _keep_types(name: str, rows: list[Row], keep: Sequence[str], *, all_text: bo
             raise InputError(
                 f"{name}: column '{column}' can't be kept, its values have no common type: {error}"
             ) from error
+        if _is_void(types[column]):
+            raise InputError(f"{name}: column '{column}' can't be kept: an object without a key is no Parquet value")
     return types
+
+
+def _is_void(kind: Any) -> bool:
+    """Whether an Arrow type is, or holds, an object without keys."""
+    if str(kind).startswith("struct") and not kind.num_fields:
+        return True
+    return any(_is_void(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _cells(name: str, batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A batch's rows. Raises InputError for a column with values that Python has none for: nanoseconds, time zones."""
+    found = []
+    for column in columns:
+        try:
+            found.append(batch.column(column).to_pylist())
+        except Exception as error:
+            raise InputError(f"{name}: column '{column}' can't be kept, of type {batch.column(column).type}") from error
+    for values in zip(*found, strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def _read_parquet(path: Path, wanted: _Wanted) -> Manifest:
@@ -249,7 +270,7 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Manifest:
             ]
             has_id = wanted.column_of["id"] in present
             for batch in file.iter_batches(batch_size=8192, columns=needed):
-                for cells in batch.select(needed).to_pylist():
+                for cells in _cells(path.name, batch, needed):
                     where = f"{path.name}: row {len(rows) + 1}"
                     row = wanted.row(len(rows) + 1, where, cells, has_id)
                     _distinct(places, row[0], len(rows) + 1, where, "row")

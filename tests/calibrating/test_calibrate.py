@@ -312,3 +312,29 @@ def test_what_is_known_is_not_encoded_again_and_costs_what_it_would_cost(weights
     assert first.seconds.keys() == second.seconds.keys()
     for name, seconds in second.seconds.items():
         assert seconds > first.seconds[name] / 20, name  # not what looking it up takes
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_second_look_is_tried_where_true_labels_are_given(weights, folder, tmp_path, monkeypatch, right):
+    """Truth that the second look, which turns every answer round, is always right of, or never."""
+    monkeypatch.setattr("mmpipe.deliberating.weigh", lambda p_VL, sure_V: p_VL[0].flip(0))
+    made = shop.config(weights, shop.EXITS)
+    made["fusion"]["deliberate"] = {"below": 1.0, "views": 3}
+    with Pipeline.load(made) as pipeline:
+        samples = pipeline.find(folder).samples
+        firsts, _ = pipeline.run(samples, exits=False, deliberate=False)
+        seconds, _ = pipeline.run(samples, exits=False, deliberate=True)
+    truth = tmp_path / "truth.csv"
+    labelled = {one.id: one.label for one in (seconds if right else firsts) if one.label}
+    truth.write_text("id,label\n" + "".join(f"{id_},{label}\n" for id_, label in labelled.items()))
+    config = shop.write(tmp_path / "shop.yaml", made)
+    done = call(config, "--input", folder, "--max-disagreement", "40%", "--certainty", "0.6", "--truth", truth)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "calibration.json").read_text())["second_look"]
+    assert found["items"] == len(labelled)
+    assert 20 <= found["looked_at"] <= sum(one.deliberated for one in seconds)  # temperatures make some sure
+    assert (found["won"], found["lost"]) == ((found["looked_at"], 0) if right else (0, found["looked_at"]))
+    assert found["pays"] == right
+    verdict = "it stays on" if right else "it is not shown to pay, and is left out"
+    assert verdict in done.stdout.replace("\n", " ")
+    assert verdict in (tmp_path / "calibration.html").read_text()

@@ -130,6 +130,21 @@ def test_kept_values_without_a_common_type(tmp_path: Path) -> None:
     assert listing.keep_types == {"size": pa.float64()}
 
 
+@pytest.mark.parametrize("value", ["{}", "[{}]", '{"a": [{}]}'])
+def test_objects_without_keys_can_not_be_kept(tmp_path: Path, value: str) -> None:
+    with pytest.raises(InputError, match="'m' can't be kept: an object without a key"):
+        manifest(tmp_path, f'{{"text": "a", "m": {value}}}', "items.jsonl", keep=["m"])
+    made = manifest(tmp_path, '{"text": "a", "m": {"k": [1]}}', "items.jsonl", keep=["m"])
+    assert str(made.keep_types["m"]) == "struct<k: list<item: int64>>"
+
+
+def test_values_that_python_can_not_hold_are_told_with_their_column(tmp_path: Path) -> None:
+    when = pa.array([1_700_000_000_123_456_789], pa.timestamp("ns"))
+    pq.write_table(pa.table({"text": ["a"], "when": when}), tmp_path / "items.parquet")
+    with pytest.raises(InputError, match=r"items\.parquet: column 'when' can't be kept, of type timestamp\[ns\]"):
+        find(None, manifest=tmp_path / "items.parquet", keep=["when"])
+
+
 def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such manifest"):
         find(None, manifest=tmp_path / "items.csv")

@@ -326,9 +326,11 @@ class _Arena:
 
 def _folder_of(prepare: Any) -> list[str]:
     """Where the module of a user's own is that was found beside a configuration: it is not on the path."""
-    module = sys.modules.get(getattr(prepare, "__module__", None) or "")
-    file, package = getattr(module, "__file__", None), getattr(module, "__name__", "").count(".")
-    return [] if file is None else [str(Path(file).absolute().parents[package + Path(file).stem.count("__init__")])]
+    name = getattr(prepare, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None or name.partition(".")[0] == "mmpipe":
+        return []
+    return [str(Path(file).absolute().parents[name.count(".") + Path(file).stem.count("__init__")])]
 
 
 def _shared(fd: int, size: int) -> Tensor:

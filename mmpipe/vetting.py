@@ -61,8 +61,12 @@ def _told(results: list[Mark]) -> str:
 
 
 def _nudge(row: Tensor) -> Tensor:
-    """Numbers that are all alike stay alike when they change places."""
-    return torch.linspace(0, 0.1, row.numel()).reshape(row.shape).to(row.dtype) if row.is_floating_point() else row * 0
+    """Numbers that are all alike stay alike when they change places: a grey picture's pixels, silence."""
+    if row.is_floating_point():
+        return torch.linspace(0, 0.1, row.numel()).reshape(row.shape).to(row.dtype)
+    if row.dtype == torch.uint8:
+        return (torch.arange(row.numel()) % 97).reshape(row.shape).to(torch.uint8)
+    return torch.zeros_like(row)  # whole numbers may be tokens, of which there is a last one
 
 
 @torch.no_grad()

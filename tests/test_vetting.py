@@ -5,9 +5,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from mmpipe import Pipeline
+from mmpipe.encoders import EncoderError
 from mmpipe.errors import ConfigError
+from mmpipe.vetting import vet_encoder_rows
 
 PARTS = """
     import torch
@@ -83,6 +87,18 @@ def test_a_head_that_breaks_its_word_is_refused(tmp_path: Path, head: str, told:
 def test_an_encoder_that_breaks_its_word_is_refused(tmp_path: Path, task: str, module: str, told: str) -> None:
     with pytest.raises(ConfigError, match=rf"encoders\.text\.model: .*{told}"):
         load(tmp_path, module=module, task=task)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64, torch.bool])
+def test_a_mixture_of_rows_is_seen_in_numbers_of_any_kind(dtype: torch.dtype) -> None:
+    class Mixing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float() - x.float().mean(0)
+
+    alike = torch.full((4,), 1).to(dtype) if dtype in (torch.uint8, torch.float32) else torch.arange(4).to(dtype)
+    with pytest.raises(EncoderError, match="mixes the rows"):
+        vet_encoder_rows(Mixing(), {"x": alike})
+    vet_encoder_rows(nn.Identity(), {"input": alike})
 
 
 def test_those_that_keep_theirs_are_used(tmp_path: Path) -> None:

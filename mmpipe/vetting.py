@@ -12,6 +12,7 @@ from mmpipe.fusion.heads import HeadError
 from mmpipe.graphs.capture import Captured
 from mmpipe.graphs.plan import Mark
 
+_AGAIN = 4  # chance may leave a few numbers as they were once
 _ALIKE = 1e-3  # of the largest number: two batches of one size differ by nothing where rows stay apart
 
 
@@ -73,17 +74,18 @@ def _nudge(row: Tensor) -> Tensor:
 def _depends(module: nn.Module, row: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """On what else than itself a row's result depends; empty: on nothing that two small batches show."""
 
-    def first_of(second: Mapping[str, Tensor]) -> list[Tensor]:
+    def both(second: Mapping[str, Tensor]) -> list[Tensor]:
         result = module(**{name: torch.stack([row[name], second[name]]) for name in row})
-        return [tensor[0].double() for tensor in ((result,) if isinstance(result, Tensor) else result)]
+        return [tensor.double() for tensor in ((result,) if isinstance(result, Tensor) else result)]
 
     try:
-        alone, again, beside = first_of(row), first_of(row), first_of(other)
+        alone, *again = (both(row) for _ in range(1 + _AGAIN))
+        beside = both(other)
     except Exception:  # noqa: BLE001 - an example that it can't compute says nothing of its rows
         return ""
-    if not _alike(alone, again):
+    if not all(_alike(alone, one) for one in again):
         return "gives the same row other results each time: no dropout or other chance may be left in it"
-    if not _alike(alone, beside):
+    if not _alike([tensor[0] for tensor in alone], [tensor[0] for tensor in beside]):
         return "mixes the rows of a batch: what it returns for a sample changes with the samples beside it"
     return ""
 

@@ -264,10 +264,17 @@ class Pipeline:
             limits=self._limits,
             resolved={name: value for name, value in asdict(self.resolved).items() if name not in _NOT_TOLD},
             versions=versions(),
-            notes=self.notes,
+            notes=(*self.notes, *self._backend_note()),
             build_seconds=self._build_seconds,
             audit=audit_settings(self.config.fusion.audit, promised, exits, self.resolved.batch_size),
         )
+
+    def _backend_note(self) -> list[str]:
+        """Where a backend that was asked for has nothing to compute."""
+        asked, has = self.config.runtime.backend, self.resolved.backend
+        if asked in ("auto", *has.split("+")):
+            return []
+        return [f"runtime.backend: {asked} computes nothing here, {has} does: {self.resolved.reasons['backend']}"]
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
         """Hashes of the model, of its numerics, and of a job over these samples."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -282,6 +284,13 @@ def test_native_leaves_what_it_has_nothing_for_to_eager(weights, monkeypatch):
         backends_of = {name: choice.backend for name, choice in pipeline.resolved.segments.items()}
         assert backends_of == {"image@0": "eager", "text@0": "native", "audio@0": "eager"}
         assert "eager where there is nothing for it in bfloat16" in pipeline.resolved.reasons["backend"]
+
+
+def test_a_backend_that_was_asked_for_and_computes_nothing_is_noted(weights, tmp_path):
+    with Pipeline.load(shop.config(weights, runtime={"backend": "native"})) as pipeline:
+        pipeline.run_folder(shop.media(tmp_path / "media", 3), tmp_path / "out")
+    notes = json.loads((tmp_path / "out/run.json").read_text())["notes"]
+    assert "runtime.backend: native computes nothing here, eager does: configured; eager where there is" in str(notes)
 
 
 @native_here

@@ -414,6 +414,20 @@ def fit(
 
 
 @app.command()
+def doctor(json_: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False) -> None:
+    """What this machine has for mmpipe, what it lacks, and what to do about that: ends with 1 where something is
+    broken."""
+    with _reporting(as_json=json_):
+        from mmpipe.doctor import look, plain, table
+
+        found = list(look())
+        for line in [json.dumps(plain(found), ensure_ascii=False)] if json_ else table(found):
+            _print(line)
+        if any(one.state == "lacks" for one in found):
+            raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors."""
     with _reporting():

@@ -137,6 +137,7 @@ def _exits(told: Told) -> str:
         f"differ from the full pipeline on at most {MAX_DISAGREEMENT:.0%} of it; the figures are of the test part. "
         "They promise nothing: <code>mmpipe calibrate</code> does. With these exits "
         f"{words.accuracy(measured.with_exits)} are right, without {words.accuracy(measured.full)}."
+        + (f" {escape(broken)}." if (broken := words.exits_broken(measured)) else "")
     )
     head = ["exit", "#threshold", "#looked at", "#left", "#share", "#differ from full", "#accuracy, of all looked at"]
     return section("exits", "Exits", table(head, rows), intro)

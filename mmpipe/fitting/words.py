@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmpipe.fitting.measuring import Compared, Measured, Score
+from mmpipe.fitting.measuring import LEVEL, Compared, Measured, Score
+from mmpipe.fitting.training import MAX_DISAGREEMENT
+from mmpipe.fusion.binomial import lower_limit
 from mmpipe.jobs.markup import listed
 
 
@@ -27,6 +29,17 @@ def verdict(measured: Measured) -> str:
 def against(one: Compared) -> str:
     """+3.1 points; only one of the two right: 23 to 9."""
     return f"{one.better} to {one.worse}, p = {one.p_value:.2g}" if one.better + one.worse else "the same answers"
+
+
+def exits_broken(measured: Measured) -> str:
+    """Where the test part says that the exits surely differ more often than their thresholds were chosen to."""
+    differ, count = sum(left.differ for left in measured.exits), measured.full.count
+    if not measured.exits or lower_limit(differ, count, LEVEL) <= MAX_DISAGREEMENT:
+        return ""
+    return (
+        f"with these thresholds {differ:,} of {count:,} answers differ, more than the {MAX_DISAGREEMENT:.0%} that they "
+        "were chosen for on few samples: use exits after mmpipe calibrate alone"
+    )
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
@@ -62,4 +75,6 @@ def summary(measured: Measured) -> str:
         for left in measured.exits:
             at = "no threshold keeps the bound" if left.threshold is None else f"threshold {left.threshold:.4f}"
             lines.append(f"  {left.name}: {left.left:,} of {left.gated:,} left, {left.differ:,} differ; {at}")
+        if told := exits_broken(measured):
+            lines.append(f"  {told}")
     return "\n".join(lines)

@@ -21,6 +21,8 @@ from support import shop
 from support.words import started
 
 from mmpipe import Pipeline, cli
+from mmpipe.fitting.measuring import Compared, Left, Measured, Reliability, Score
+from mmpipe.fitting.words import summary
 from mmpipe.fusion.checkpoint import read_checkpoint
 
 LABELS = ["bright", "dark", "grey"]
@@ -268,3 +270,14 @@ def test_truth_in_jsonl_and_the_result_in_json(call, place):
     code, results, _ = fit(call, "jsonl", "--limit", "45", "--json", truth="truth.jsonl")
     assert code == 0
     assert 8 <= json.loads(results)["full"]["samples"] <= 11  # a fifth of 45, rounded by label
+
+
+@pytest.mark.parametrize(("differ", "told"), [(0, False), (1, False), (8, True)])
+def test_thresholds_that_the_test_part_contradicts_are_told_of(differ, told):
+    curve = Reliability((0,) * 10, (0.0,) * 10, (0.0,) * 10)
+    left = Left("image", 0.9, 40, 31, differ, Score(30, 40), curve)
+    found = Measured(
+        Score(30, 40), 0.7, Score(28, 40), ((30,),), curve, (), (left,), (Compared("x", Score(20, 40), 3, 1),)
+    )
+    assert ("8 of 40 answers differ, more than the 1%" in summary(found)) == told
+    assert "Each label counted alike: 70.0%." in summary(found)

@@ -35,6 +35,9 @@ ALLOWED = {
     ("mmpipe/calibrated.py", "concurrent.futures"): "the weights' hash, while the graph is captured; no device",
     ("mmpipe/build.py", "concurrent.futures"): "the type of that hash",
     ("mmpipe/pipeline.py", "threading"): "a lock: one run of a pipeline at a time",
+    ("mmpipe/loading.py", "threading"): "gives a Ctrl-C again that a finaliser has swallowed",
+    ("mmpipe/loading.py", "_thread"): "as above: to the main thread",
+    ("mmpipe/doctor.py", "torch.cuda"): "asks for the GPU's name",
     ("mmpipe/jobs/job.py", "threading"): "asks for the main thread: only there may signals be handled",
 }
 MODULES = ("threading", "queue", "_thread", "multiprocessing", "concurrent", "asyncio")

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,6 +28,7 @@ class Sealed:
     def __init__(self, folder: Path, key: str) -> None:
         self.place = folder / key
         self._list = folder / f"{key}.json"
+        self._held = contextlib.ExitStack()
 
     @property
     def known(self) -> bool:
@@ -47,12 +49,19 @@ class Sealed:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _ours(parent):
             raise PermissionError(f"{parent} belongs to, or can be written by, somebody else: nothing there is loaded")
-        if not self.known:
-            self.place.mkdir(mode=0o700)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self._list.with_suffix(".lock")))
+            if not self.known:
+                self.place.mkdir(mode=0o700)
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Seal what was written; what an error left half done is deleted."""
+        with self._held:
+            self._seal(kind)
+
+    def _seal(self, kind: type[BaseException] | None) -> None:
         if kind is not None:
             shutil.rmtree(self.place, ignore_errors=True)
             return
@@ -65,6 +74,19 @@ class Sealed:
             with contextlib.suppress(OSError):
                 half.unlink(missing_ok=True)
             shutil.rmtree(self.place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: another that compiles the same waits, and finds it. None is held where none can be had."""
+    with path.open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def _hashes(folder: Path) -> dict[str, str]:

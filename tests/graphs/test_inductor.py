@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -105,6 +107,25 @@ def test_a_full_disk_costs_the_artefact_alone(tmp_path, monkeypatch):
     with Sealed(tmp_path / "kept", "one") as sealed:
         (sealed.place / "code").write_bytes(b"whole")
     assert not Sealed(tmp_path / "kept", "one").known
+
+
+def test_who_compiles_the_same_waits_and_finds_it(tmp_path):
+    began, order = threading.Event(), []
+
+    def other():
+        began.wait()
+        with Sealed(tmp_path / "kept", "one") as sealed:
+            order.append((sealed.place / "code").read_text())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with Sealed(tmp_path / "kept", "one") as sealed:
+        began.set()
+        time.sleep(0.2)
+        order.append("written")
+        (sealed.place / "code").write_text("whole")
+    thread.join(10)
+    assert order == ["written", "whole"]
 
 
 def test_half_an_artefact_is_no_artefact(tmp_path):

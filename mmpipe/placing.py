@@ -190,7 +190,7 @@ def resolve(
                 asked = replace(asked, batch_size=of_each, reasons=told)
             with contextlib.suppress(ConfigError):
                 way = Budget(config, made, weights + copies).largest(asked, shrink=False, batches=True)
-                way = lowered(way, forked=runtime.backend == "auto")
+                way = lowered(way, forked=True)
                 compiled = _compiled(way)
                 if not compiled and way.slots >= min(config.output.shard_rows, _BUCKETS_A_PROCESS * way.batch_size):
                     return way

@@ -18,8 +18,7 @@ enum Mask { NONE, BASE2, SHORT, KEPT };  // float32, times log2(e) already; bflo
 const float LOWEST = -2e38f, LEAST = -3.4e38f;
 const long MOST_QUERIES = 64;
 
-struct Matrix {  // [batch, head, token, …], the last dimension dense; strides in numbers
-    const void *data;
+struct Strides {  // in numbers; [batch, head, token, …], the last dimension dense
     long batch, head, token;
 };
 
@@ -187,37 +186,38 @@ void fetch(const bf16 *from, long step, long count, long width) {
 // Asks the system for the tile unit, which it lends a process once. Not 0: there is none.
 extern "C" int attention_begin() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
 
-// All of these are made of one struct of numbers, so that a call from Python passes few arguments. `mask` repeats
-// after `period` of the batch. Not 0: no memory.
-struct Call {
-    Matrix query, key, value, out, mask;
-    long batch, heads, queries, keys, width, period, kind, threads;
+// What is the same in every call of one place in a graph.
+struct Attention {
+    Strides query, key, value, out, mask;
+    long heads, queries, keys, width, kind;
     float scale;
 };
 
-extern "C" int attention(const Call *call) {
-    const long heads = call->heads, queries = call->queries, keys = call->keys, width = call->width;
+// `mask` repeats after `period` of the batch. Not 0: no memory.
+extern "C" int attention(const Attention *of, const bf16 *query, const bf16 *key, const bf16 *value, bf16 *to,
+                         const char *mask, long batch, long period, long threads) {
+    const long heads = of->heads, queries = of->queries, keys = of->keys, width = of->width;
     const long padded = up(keys, 32), chunks = up(width, 32) / 32, blocks = up(width, 16) / 16;
     const long most = padded <= 128 ? MOST_QUERIES : 32, row = blocks * 16;
-    const Mask kind = (Mask)call->kind;
-    const float factor = call->scale * LOG2E;
+    const Mask kind = (Mask)of->kind;
+    const float factor = of->scale * LOG2E;
     const Exponentials softmax = kind == NONE    ? chosen<NONE>(keys)
                                  : kind == BASE2 ? chosen<BASE2>(keys)
                                  : kind == SHORT ? chosen<SHORT>(keys)
                                                  : chosen<KEPT>(keys);
-    const auto part = [](const Matrix &of, long b, long h) { return (const bf16 *)of.data + b * of.batch + h * of.head; };
+    const auto at = [](const Strides &step, long b, long h) { return b * step.batch + h * step.head; };
     const long wide = kind == BASE2 ? 4 : kind == SHORT ? 2 : 1;  // bytes of a number of the mask
 
     const long key_bytes = padded * chunks * 64, value_bytes = padded * row * 2, query_bytes = most * chunks * 64;
     const long score_bytes = most * padded * 4, factor_bytes = most * padded * 2, out_bytes = most * row * 4;
     const long bytes = key_bytes + value_bytes + query_bytes + score_bytes + factor_bytes + out_bytes;
-    char *const space = (char *)aligned_alloc(64, bytes * call->threads);
+    char *const space = (char *)aligned_alloc(64, bytes * threads);
     if (!space) return 1;
 
-#pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(threads)
     {
-        char *at = space + bytes * omp_get_thread_num();
-        const auto take = [&at](long size) { return (void *)((at += size) - size); };
+        char *rest = space + bytes * omp_get_thread_num();
+        const auto take = [&rest](long size) { return (void *)((rest += size) - size); };
         uint32_t *const k = (uint32_t *)take(key_bytes);
         bf16 *const v = (bf16 *)take(value_bytes), *const q = (bf16 *)take(query_bytes);
         float *const scores = (float *)take(score_bytes);
@@ -228,21 +228,21 @@ extern "C" int attention(const Call *call) {
         _mm_setcsr(control | 0x8040);  // numbers below 2^-126 are zero: masks of -100 make many, each a hundred cycles
         const Tiles tiles;
 #pragma omp for schedule(static)
-        for (long n = 0; n < call->batch * heads; n++) {
+        for (long n = 0; n < batch * heads; n++) {
             const long b = n / heads, h = n % heads;
-            const bf16 *const own = part(call->query, b, h);
-            if (n + 1 < call->batch * heads) {
+            const bf16 *const own = query + at(of->query, b, h);
+            if (n + 1 < batch * heads) {
                 const long nb = (n + 1) / heads, nh = (n + 1) % heads;
-                fetch(part(call->query, nb, nh), call->query.token, queries, width);
-                fetch(part(call->key, nb, nh), call->key.token, keys, width);
-                fetch(part(call->value, nb, nh), call->value.token, keys, width);
+                fetch(query + at(of->query, nb, nh), of->query.token, queries, width);
+                fetch(key + at(of->key, nb, nh), of->key.token, keys, width);
+                fetch(value + at(of->value, nb, nh), of->value.token, keys, width);
             }
             for (long begin = 0; begin < queries; begin += most) {
                 const long count = queries - begin < most ? queries - begin : most;
-                lay_out_queries(own + begin * call->query.token, call->query.token, count, width, q);
+                lay_out_queries(own + begin * of->query.token, of->query.token, count, width, q);
                 if (!begin) {  // after the queries: a tile is read from memory some time after it was written there
-                    lay_out_keys(part(call->key, b, h), call->key.token, keys, width, k);
-                    lay_out_values(part(call->value, b, h), call->value.token, keys, width, v);
+                    lay_out_keys(key + at(of->key, b, h), of->key.token, keys, width, k);
+                    lay_out_values(value + at(of->value, b, h), of->value.token, keys, width, v);
                 }
                 for (long i = 0; i < count; i += 32)
                     for (long t = 0; t < padded / 16; t += 2) {
@@ -250,23 +250,21 @@ extern "C" int attention(const Call *call) {
                         multiply(q + i * chunks * 32, chunks * 32, tile, tile + chunks * 512, 512, chunks,
                                  scores + i * padded + t * 16, padded);
                     }
-                const char *mask = (const char *)call->mask.data;
-                const long step = call->mask.token * wide;
-                if (kind != NONE)
-                    mask += (b % call->period * call->mask.batch + h * call->mask.head) * wide + begin * step;
+                const long step = of->mask.token * wide;
+                const char *const its = kind == NONE ? nullptr : mask + at(of->mask, b % period, h) * wide + begin * step;
                 for (long i = 0; i < count; i++)
-                    sums[i] = softmax(scores + i * padded, factors + i * padded, keys, mask + i * step, factor);
+                    sums[i] = softmax(scores + i * padded, factors + i * padded, keys, its + i * step, factor);
                 for (long i = 0; i < count; i += 32)
                     for (long c = 0; c < blocks; c += 2)
                         multiply(factors + i * padded, padded, v + c * 512, c + 1 < blocks ? v + (c + 1) * 512 : nullptr,
                                  blocks * 512, padded / 32, out + i * row + c * 16, row);
-                bf16 *to = (bf16 *)part(call->out, b, h) + begin * call->out.token;
-                for (long i = 0; i < count; i++, to += call->out.token) {
+                bf16 *row_to = to + at(of->out, b, h) + begin * of->out.token;
+                for (long i = 0; i < count; i++, row_to += of->out.token) {
                     // a query that is left no key gets zeros, as PyTorch has it
                     const __m512 inverse = _mm512_set1_ps(sums[i] == 0.0f ? 0.0f : 1.0f / sums[i]);
                     for (long c = 0; c < width; c += 16) {
                         const __m512 x = _mm512_mul_ps(_mm512_load_ps(out + i * row + c), inverse);
-                        _mm256_mask_storeu_epi16(to + c, first(width - c), (__m256i)_mm512_cvtneps_pbh(x));
+                        _mm256_mask_storeu_epi16(row_to + c, first(width - c), (__m256i)_mm512_cvtneps_pbh(x));
                     }
                 }
             }

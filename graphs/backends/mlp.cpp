@@ -1,6 +1,6 @@
 // The two products of a transformer's MLP in one, in bfloat16, for processors with AMX:
 //
-//     second · activation(first · x + bias) + bias + other        x may be normed on its way
+//     second · activation(first · x + bias) + bias + other        x may be normed on its way, the result too
 //
 // A few rows go through both while what is between them stays in the second cache: it is up to four times as wide as
 // they are, and written to memory and read again it takes as long as the products do. 32 x 32 numbers at a time are
@@ -144,72 +144,83 @@ Multiply chosen(Activation activation) {
 
 }  // namespace
 
-// x: [rows, width], other (or null) and to: [rows, columns], all dense. norm_weight: null, or of a layer norm of x.
-struct MlpCall {
-    const bf16 *x, *other;
-    bf16 *to;
+// What is the same in every call of one place in a graph.
+struct Mlp {
     const bf16 *first, *second;
-    const float *first_bias, *second_bias, *norm_weight, *norm_bias;
-    long rows, width, between, columns, activation, threads;
-    float eps;
+    const float *first_bias, *second_bias;
+    const float *norm_weight, *norm_bias;  // null, or of a layer norm of x
+    const float *then_weight, *then_bias;  // null, or of a layer norm of the result
+    long width, between, columns, activation;
+    long residual;  // not 0: what x is normed to is added to the result, as `other` is
+    float norm_eps, then_eps;
 };
 
-// Not 0: no memory.
-extern "C" int mlp(const MlpCall *call) {
-    if (!call->rows) return 0;  // the loops below step by a share of them
-    const long width = call->width, between = call->between, columns = call->columns;
-    const Product first = {call->first, call->first_bias, width, between};
-    const Product second = {call->second, call->second_bias, between, columns};
-    const Multiply begin = chosen((Activation)call->activation);
-    const Multiply end = call->rows * columns * 2 < STREAMED ? product<NONE, false> : product<NONE, true>;
+// x: [rows, width], other (or null) and to: [rows, columns], all dense. Not 0: no memory.
+extern "C" int mlp(const Mlp *of, const bf16 *x, const bf16 *other, bf16 *to, long rows, long threads) {
+    if (!rows) return 0;  // the loops below step by a share of them
+    const long width = of->width, between = of->between, columns = of->columns;
+    const Product first = {of->first, of->first_bias, width, between};
+    const Product second = {of->second, of->second_bias, between, columns};
+    const Multiply begin = chosen((Activation)of->activation);
+    const bool read_again = of->then_weight || rows * columns * 2 < STREAMED;
+    const Multiply end = read_again ? product<NONE, false> : product<NONE, true>;
 
     long each = SPACE / (between * 2) / 32 * 32;
     each = each < 32 ? 32 : each > MOST_ROWS ? MOST_ROWS : each;
     // too few to give each thread its own: all read all weights then, where a share of the columns needs a share of them
-    const bool together = call->threads > 1 && call->rows < call->threads * MOST_ROWS / 2;
+    const bool together = threads > 1 && rows < threads * MOST_ROWS / 2;
 
-    const long between_bytes = each * between * 2, normed_bytes = call->norm_weight ? each * width * 2 : 0;
+    const long between_bytes = each * between * 2, normed_bytes = of->norm_weight ? each * width * 2 : 0;
     const long spare_bytes = 64 * (width > between ? width : between), sum_bytes = 2 * 32 * 32 * 4;
     const long bytes = between_bytes + normed_bytes + spare_bytes + sum_bytes;
-    char *const space = (char *)aligned_alloc(64, bytes * call->threads);
+    char *const space = (char *)aligned_alloc(64, bytes * threads);
     if (!space) return 1;
 
-#pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(threads)
     {
-        const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const long thread = omp_get_thread_num(), count = omp_get_num_threads();
         char *at = space + bytes * thread;
         const auto take = [&at](long size) { return (void *)((at += size) - size); };
         float *const sums = (float *)take(sum_bytes);
         bf16 *const kept = (bf16 *)take(between_bytes), *const spare = (bf16 *)take(spare_bytes);
         bf16 *const normed = (bf16 *)take(normed_bytes);
         const Tiles tiles;
-        const auto rows_at = [&](long r) { return call->rows - r < each ? call->rows - r : each; };
+        const auto rows_at = [&](long r) { return rows - r < each ? rows - r : each; };
+        const auto norm = [&](const bf16 *from, bf16 *to, const float *weight, const float *bias, long some, long width,
+                              float eps) { layer_norm(from, to, weight, bias, nullptr, 1, some, some, width, eps, 1); };
         const auto input = [&](long r) {
-            const bf16 *const x = call->x + r * width;
-            if (!call->norm_weight) return x;
-            const long rows = rows_at(r);
-            layer_norm(x, normed, call->norm_weight, call->norm_bias, nullptr, 1, rows, rows, width, call->eps, 1);
+            const bf16 *const from = x + r * width;
+            if (!of->norm_weight) return from;
+            norm(from, normed, of->norm_weight, of->norm_bias, rows_at(r), width, of->norm_eps);
             return (const bf16 *)normed;
         };
+        const auto norm_result = [&](long r, long until) {
+            bf16 *const its = to + r * columns;
+            if (of->then_weight) norm(its, its, of->then_weight, of->then_bias, until - r, columns, of->then_eps);
+        };
         const auto both = [&](long r, bf16 *kept, Columns of_first, Columns of_second) {
-            const bf16 *const other = call->other ? call->other + r * columns : nullptr;
-            begin(first, of_first, input(r), nullptr, kept, rows_at(r), sums, spare);
+            const bf16 *const from = input(r), *const added = of->residual ? from : other ? other + r * columns : nullptr;
+            begin(first, of_first, from, nullptr, kept, rows_at(r), sums, spare);
             if (together) {
 #pragma omp barrier
             }
-            end(second, of_second, kept, other, call->to + r * columns, rows_at(r), sums, spare);
+            end(second, of_second, kept, added, to + r * columns, rows_at(r), sums, spare);
         };
         if (together) {
             const auto share = [&](long of) {
-                return Columns{of / 32 * thread / threads * 32, of / 32 * (thread + 1) / threads * 32};
+                return Columns{of / 32 * thread / count * 32, of / 32 * (thread + 1) / count * 32};
             };
-            for (long r = 0; r < call->rows; r += each) {
+            for (long r = 0; r < rows; r += each) {
                 both(r, (bf16 *)(space + sum_bytes), share(between), share(columns));
 #pragma omp barrier
+                norm_result(r + rows_at(r) * thread / count, r + rows_at(r) * (thread + 1) / count);
             }
         } else {
 #pragma omp for schedule(dynamic)
-            for (long r = 0; r < call->rows; r += each) both(r, kept, {0, between}, {0, columns});
+            for (long r = 0; r < rows; r += each) {
+                both(r, kept, {0, between}, {0, columns});
+                norm_result(r, r + rows_at(r));
+            }
         }
         _mm_sfence();  // what was streamed is there before another thread goes on
     }

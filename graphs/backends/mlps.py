@@ -1,6 +1,6 @@
-"""A transformer's MLP as one operation of the native backend, with the norm before it and what is added after it.
+"""A transformer's MLP as one operation of the native backend, with the norms around it and what is added after it.
 
-    linear(activation(linear(layer_norm(x), W, b)), V, c) + y   →   mlp(x, W, b, V, c, y, norm)
+    layer_norm(linear(activation(linear(layer_norm(x), W, b)), V, c) + y)   →   mlp(x, W, b, V, c, y, norm, then)
 
 The numbers between the products are up to four times as wide as those around them; here they never leave the cache.
 """
@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from mmpipe.graphs.backends.kernels import ACTIVATIONS, COLUMNS, mlp, sources, tiled
-from mmpipe.graphs.backends.norms import eps_of, norms, plain_factors
+from mmpipe.graphs.backends.kernels import sources
+from mmpipe.graphs.backends.norms import eps_of, norms, picked, plain_factors
+from mmpipe.graphs.backends.operations import ACTIVATIONS, COLUMNS, mlp, tiled
 from mmpipe.graphs.backends.packed import added, form_of
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 from mmpipe.graphs.precision import once, shortened
@@ -97,18 +98,35 @@ def _is_product(module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _join(made: fx.GraphModule, one: Mlp) -> None:
     x: Any = one.first.args[0]
-    last, other, norm = one.second, None, None
-    user = next(iter(last.users)) if len(last.users) == 1 else None
+    last, other, norm, then = one.second, None, None, None
+    readers = set(x.users)
+    user = _only_user(last)
     if user is not None and (other := added(last, user)) is not None:
         last = user
-    if norms(x) and len(x.users) == 1 and plain_factors(made, x) and mark_of(x.args[0]).dtype == torch.bfloat16:
+    residual = other is x and readers == {one.first, last}
+    if (residual or len(readers) == 1) and _normed(made, x) and mark_of(x.args[0]).dtype == torch.bfloat16:
         norm, x = (x.args[2], x.args[3], eps_of(x)), x.args[0]
+        other = None if residual else other
+    residual = residual and norm is not None
+    after = _only_user(last)
+    if after is not None and _normed(made, after) and after.args[0] is last and picked(made, after) is None:
+        then, last = (after.args[2], after.args[3], eps_of(after)), after
     with made.graph.inserting_before(last):
         weights = [part for product in (one.first, one.second) for part in _kept(made, product)]
-        joined = made.graph.call_function(mlp, (x, *weights, ACTIVATIONS[one.activation], other, norm))
+        arguments = (x, *weights, ACTIVATIONS[one.activation], other, norm, then, residual)
+        joined = made.graph.call_function(mlp, arguments)
     joined.meta = dict(last.meta)
     last.replace_all_uses_with(joined)
     made.graph.erase_node(last)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _normed(made: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a layer norm that the kernel takes on the way."""
+    return norms(node) and mark_of(node).dtype == torch.bfloat16 and plain_factors(made, node)
 
 
 def _kept(made: fx.GraphModule, product: fx.Node) -> tuple[fx.Node, fx.Node]:

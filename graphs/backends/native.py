@@ -19,9 +19,11 @@ from torch import Tensor, fx
 
 from mmpipe.graphs.backends import Lowered, Target, Unlowerable
 from mmpipe.graphs.backends.eager import joined, written
-from mmpipe.graphs.backends.kernels import MOST_KEYS, MOST_WIDTH, attention, base2, load, sources
+from mmpipe.graphs.backends.kernels import load, sources
 from mmpipe.graphs.backends.mlps import found, join_mlps
 from mmpipe.graphs.backends.norms import norms, plain_factors, put, replace_norm
+from mmpipe.graphs.backends.operations import MOST_KEYS, MOST_WIDTH, attention, base2
+from mmpipe.graphs.backends.within import read_within
 from mmpipe.graphs.cost import size_of
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
 from mmpipe.graphs.late import LateModule
@@ -80,6 +82,7 @@ def replaced(short: fx.GraphModule, module: fx.GraphModule) -> fx.GraphModule:
             _attend(made, module, node)
         elif norms(node) and plain_factors(made, node):
             replace_norm(made, node)
+    read_within(made)
     made.graph.eliminate_dead_code()
     drop_unread_tensors(made)
     made.recompile()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mmpipe.graphs.backends.kernels import MOST_NORMED, layer_norm
+from mmpipe.graphs.backends.operations import MOST_NORMED, layer_norm
 from mmpipe.graphs.fuse import get_tensor, mark_of
 
 aten = torch.ops.aten
@@ -39,8 +39,8 @@ def eps_of(node: fx.Node) -> Any:
 def replace_norm(made: fx.GraphModule, node: fx.Node) -> None:
     """With the choice of rows that alone reads it, if one does."""
     x, _, weight, bias = node.args[:4]
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user.target is not aten.index_select.default or not _picks(made, user):
+    user = picked(made, node)
+    if user is None:
         put(made.graph, node, layer_norm, (x, weight, bias, eps_of(node)))
         return
     put(made.graph, user, layer_norm, (x, weight, bias, eps_of(node), user.args[2]))
@@ -56,8 +56,13 @@ def put(graph: fx.Graph, node: fx.Node, function: Any, arguments: tuple[Any, ...
     graph.erase_node(node)
 
 
+def picked(made: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The choice of rows that alone reads it: of each sample, always the same."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    return user if user is not None and user.target is aten.index_select.default and _picks(made, user) else None
+
+
 def _picks(made: fx.GraphModule, select: fx.Node) -> bool:
-    """Whether it picks rows of each sample, always the same."""
     order: Any = select.args[2]
     if select.args[1] != 1 or len(mark_of(select).shape or ()) != 3 or order.op != "get_attr":
         return False

@@ -7,7 +7,7 @@ import torch
 from support.lowering import tiles_here
 from torch import nn
 
-from mmpipe.graphs.backends import Target, examples_of, kernels, lower, native
+from mmpipe.graphs.backends import Target, examples_of, lower, native, operations
 from mmpipe.graphs.capture import capture
 from mmpipe.graphs.cut import cut
 from mmpipe.graphs.fuse import fuse
@@ -34,13 +34,13 @@ class Weights:
         """→ x, what is added."""
         return tuple(torch.randn(*shape, n, generator=self.make).to(torch.bfloat16) for n in (self.width, self.columns))
 
-    def norm(self):
-        return torch.randn(self.width, generator=self.make), torch.randn(self.width, generator=self.make), 1e-5
+    def norm(self, eps=1e-5):
+        return torch.randn(self.width, generator=self.make), torch.randn(self.width, generator=self.make), eps
 
-    def ours(self, x, activation="gelu", other=None, norm=None):
-        first, second = kernels.tiled(self.first), kernels.tiled(self.second)
-        number = kernels.ACTIVATIONS[activation]
-        return kernels.mlp(x, first, self.biases[0], second, self.biases[1], number, other, norm)
+    def ours(self, x, activation="gelu", other=None, norm=None, **more):
+        first, second = operations.tiled(self.first), operations.tiled(self.second)
+        number = operations.ACTIVATIONS[activation]
+        return operations.mlp(x, first, self.biases[0], second, self.biases[1], number, other, norm, **more)
 
     def wanted(self, x, activation="gelu", other=None, norm=None):
         x = x.float()
@@ -64,7 +64,7 @@ def close(found, want):
 def test_every_shape_is_pytorchs(sizes, rows):
     weights = Weights(*sizes)
     x, other = weights.rows(rows)
-    for activation in kernels.ACTIVATIONS:
+    for activation in operations.ACTIVATIONS:
         assert close(weights.ours(x, activation), weights.wanted(x, activation))
     assert close(weights.ours(x, other=other), weights.wanted(x, other=other))
     norm = weights.norm()
@@ -73,7 +73,7 @@ def test_every_shape_is_pytorchs(sizes, rows):
 
 @tiles_here
 @pytest.mark.usefixtures("loaded")
-@pytest.mark.parametrize("activation", list(kernels.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(operations.ACTIVATIONS))
 def test_activations_are_exact_to_a_rounding(activation):
     weights = Weights(32, 32, 32)
     weights.first = weights.second = torch.eye(32).to(torch.bfloat16)
@@ -106,10 +106,41 @@ def test_rows_are_their_own_in_any_order_batch_and_number_of_threads(normed):
 
 @tiles_here
 @pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("width", [96, 160, 384])
+@pytest.mark.parametrize("rows", [0, 1, 33, 100, 600])
+def test_norms_on_the_way_are_what_norms_apart_are_to_the_bit(width, rows):
+    weights = Weights(width, 128, width)
+    x, other = weights.rows(rows)
+    norm, then = weights.norm(), weights.norm(1e-12)
+    normed = operations.layer_norm(x, *norm)
+    for threads in (1, 2, 3, 8):  # which share a row's columns, or not, by the number of rows
+        with threads_of(threads):
+            after = operations.layer_norm(weights.ours(x, other=other), *then)
+            assert torch.equal(weights.ours(x, other=other, then=then), after)
+            added = weights.ours(normed, other=normed)
+            assert torch.equal(weights.ours(x, norm=norm, residual=True), added)
+            assert torch.equal(
+                weights.ours(x, norm=norm, residual=True, then=then), operations.layer_norm(added, *then)
+            )
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+def test_a_result_too_large_for_a_cache_is_normed_too():
+    weights = Weights(32, 64, 64)
+    x, other = weights.rows(20_000)  # 2.5 MB
+    then = torch.randn(64), torch.randn(64), 1e-5
+    assert torch.equal(
+        weights.ours(x, other=other, then=then), operations.layer_norm(weights.ours(x, other=other), *then)
+    )
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
 def test_a_row_that_is_no_number_spoils_no_other():
     weights = Weights(64, 128, 64)
     x, _ = weights.rows(70)
-    for activation in kernels.ACTIVATIONS:
+    for activation in operations.ACTIVATIONS:
         found = weights.ours(x, activation)
         spoiled = x.clone()
         spoiled[65, 3] = float("nan")
@@ -147,7 +178,7 @@ class Quick(nn.Module):
 class Block(nn.Module):
     """One of a transformer's, without attention, in forms that models have and in some that ours is not made for."""
 
-    TAKEN = ("normed first", "normed after", "bare", "tanh", "relu", "quick")
+    TAKEN = ("normed first", "normed after", "normed around", "normed and read", "bare", "tanh", "relu", "quick")
     LEFT = ("silu", "narrow", "read twice", "quicker")
 
     def __init__(self, form):
@@ -156,6 +187,7 @@ class Block(nn.Module):
         self.form = form
         between = 80 if form == "narrow" else 128
         self.into, self.norm = nn.Linear(32, 64), nn.LayerNorm(64)
+        self.before = nn.LayerNorm(64)
         self.first, self.second = nn.Linear(64, between, bias=form != "bare"), nn.Linear(between, 64)
         kinds = {"silu": nn.SiLU(), "relu": nn.ReLU(), "tanh": nn.GELU(approximate="tanh")}
         kinds |= {"quick": Quick(1.702), "quicker": Quick(2.0)}
@@ -163,12 +195,16 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = self.into(x)
+        if self.form in ("normed around", "normed and read"):  # as BERT has it
+            x = self.before(x)
         between = self.activation(self.first(self.norm(x) if self.form == "normed first" else x))
         found = self.second(between)
         if self.form == "normed first":
             found = x + found
-        if self.form == "normed after":
+        if self.form in ("normed after", "normed around", "normed and read"):
             found = self.norm(found + x)
+        if self.form == "normed and read":
+            found = found + x
         if self.form == "read twice":
             found = found + between[..., :64]
         return found.mean(1)
@@ -181,7 +217,7 @@ def lowered_block(form, folder):
     made = cut(graph)
     (segment,) = made.plan.segments
     inner, target = made.modules[segment.name], Target(4, torch.bfloat16, folder=folder)
-    nodes = [node for node in native.with_kernels(inner, target).graph.nodes if node.target is kernels.mlp]
+    nodes = [node for node in native.with_kernels(inner, target).graph.nodes if node.target is operations.mlp]
     saves = native.saved_seconds(inner) > 0
     run = lower("native" if saves else "eager", segment, inner, target, examples_of(made.plan, segment, 4))
     return module, nodes, run
@@ -190,11 +226,14 @@ def lowered_block(form, folder):
 @tiles_here
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("form", Block.TAKEN)
-def test_an_mlp_takes_the_norm_before_it_and_what_is_added(form, folder):
+def test_an_mlp_takes_the_norms_around_it_and_what_is_added(form, folder):
     module, nodes, run = lowered_block(form, folder)
     (node,) = nodes
-    assert (node.args[6] is not None) == (form in ("normed first", "normed after"))
-    assert (node.args[7] is not None) == (form == "normed first")
+    other, norm, then, residual = node.args[6:]
+    assert (other is not None) == (form in ("normed first", "normed after", "normed and read"))
+    assert (norm is not None) == (form in ("normed first", "normed around"))
+    assert (then is not None) == (form in ("normed after", "normed around", "normed and read"))
+    assert residual == (form == "normed around")
     x = torch.randn(4, 10, 32)
     with torch.no_grad():
         assert close(run(x)[0], module(x))

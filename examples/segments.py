@@ -79,12 +79,15 @@ def measured(
     inputs = dict(zip(names, examples_of(pipeline.plan, segment, rows), strict=True))
     target = Target(rows, dtype, way.threads, compiled_folder())
     ours = (pipeline.plan, segment, module)
+    lines: list[str] = []
     wanted = {backend: (*ours, backend) for backend in backends}
-    if peers:
+    whole = len([one for one in pipeline.plan.segments if one.branch == segment.branch]) == 1
+    if peers and not whole:
+        lines.append(f"{segment.name:<10} no peers: they would be given the whole encoder, of which this is a part")
+    elif peers:
         theirs = as_captured(pipeline, segment.branch)
         wanted |= {f"peer {backend}": (*theirs, backend) for backend in peers}
     runs: dict[str, Callable[[], object]] = {}
-    lines = []
     for name, what in wanted.items():
         try:
             runs[name] = lowered_by(*what, target, inputs)

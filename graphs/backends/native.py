@@ -1,10 +1,11 @@
-"""The plain backend with attention, MLPs and layer norms in code of our own (kernels.py), in bfloat16.
+"""The plain backend with attention, MLPs and layer norms in code of our own (operations.py), in bfloat16.
 
 PyTorch's attention is made for long sequences: of the few dozen patches, words or frames that an encoder sees, most of
 its time goes into calls of small products. Ours keeps a head of a sample in the first cache from its scores to its
-result. oneDNN writes what is between an MLP's two products to memory, and takes a GELU three times as slowly as ours
-does (mlps.py). PyTorch's norm takes three to four times as long as reading and writing the rows does; ours up to twice,
-and puts them in the order of the next windows on their way (norms.py).
+result, and reads it where a product left it (within.py). oneDNN writes what is between an MLP's two products to memory,
+and takes a GELU three times as slowly as ours does (mlps.py). PyTorch's norm takes three to four times as long as
+reading and writing the rows does; ours up to twice, and puts them in the order of the next windows on their way
+(norms.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ MOST_NORMED = 4096  # width of a layer norm
 COLUMNS = 32  # the widths of an MLP are multiples of it
 ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4}  # as mlp.cpp counts them
 
-Strides = tuple[int, ...]
+Strides = tuple[int, ...]  # from one batch, head and token to the next, in numbers
 Norm = tuple[Tensor, Tensor, float]  # weight and bias, float32, and eps
 
 _LOG2E = 1.4426950408889634
@@ -53,28 +53,6 @@ class _Mlp(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("width", "between", "columns", "activation", "residual")),
         *((name, ctypes.c_float) for name in ("norm_eps", "then_eps")),
     )
-
-
-class Place(NamedTuple):
-    """Where heads lie in what holds them, in numbers: the first one's first, and the steps from one to the next."""
-
-    begin: int
-    batch: int
-    head: int
-    token: int
-
-
-class Heads(NamedTuple):
-    """Queries, keys and values where a graph leaves them, and what follows them: sizes of one sample."""
-
-    query: Place
-    key: Place
-    value: Place
-    heads: int
-    queries: int
-    keys: int
-    width: int
-    result: tuple[int, ...]  # of the sample's row in the result, whose numbers lie as [query, head, width]
 
 
 def base2(mask: Tensor) -> Tensor:
@@ -112,25 +90,34 @@ def attention(
 
 
 def attention_within(
-    query: Tensor, key: Tensor, value: Tensor, heads: Heads, mask: Tensor | None, scale: float, in_base2: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    begins: tuple[int, ...],
+    strides: tuple[Strides, ...],
+    sizes: tuple[int, ...],
+    result: tuple[int, ...],
+    mask: Tensor | None,
+    scale: float,
+    in_base2: bool = False,
 ) -> Tensor:
     """`attention` of heads inside wider rows, [batch, …]: read where they lie, without a view of each.
 
-    Result: [batch, *heads.result].
+    begins, strides: of queries, keys and values: where in a row the first head is, and the steps from there. sizes:
+    heads, queries, keys, width. Result: [batch, *result], its numbers as [query, head, width]. Raises RuntimeError for
+    rows of another size.
     """
-    held = [_dense(part) for part in (query, key, value)]
-    places = heads[:3]
-    out = held[0].new_empty(len(query), *heads.result)
-    step = heads.heads * heads.width
-    _attend(
-        [part.data_ptr() + 2 * place.begin for part, place in zip(held, places, strict=True)],
-        out,
-        (*(place[1:] for place in places), (heads.queries * step, heads.width, step)),
-        heads[3:7],
-        mask,
-        scale,
-        in_base2,
-    )
+    q = _dense(query)
+    k = q if key is query else _dense(key)
+    v = q if value is query else k if value is key else _dense(value)
+    held = (q, k, v)
+    if any(part.numel() != len(query) * steps[0] for part, steps in zip(held, strides, strict=True)):
+        raise RuntimeError("attention: what holds the heads is not of the size that the graph says")
+    out = q.new_empty(len(q), *result)
+    heads, queries, _, width = sizes
+    pointers = [part.data_ptr() + 2 * begin for part, begin in zip(held, begins, strict=True)]
+    step = heads * width
+    _attend(pointers, out, (*strides, (queries * step, width, step)), sizes, mask, scale, in_base2)
     return out
 
 

@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mmpipe.graphs.backends.norms import put
-from mmpipe.graphs.backends.operations import Heads, Place, attention, attention_within
+from mmpipe.graphs.backends.operations import attention, attention_within
 from mmpipe.graphs.fuse import mark_of
 
 aten = torch.ops.aten
@@ -34,19 +35,25 @@ def read_within(made: fx.GraphModule) -> None:
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
     query, key, value, *rest = cast("tuple[Any, ...]", node.args)
-    batch, heads, queries, width = mark_of(query).shape or ("", 0, 0, 0)
+    batch = (mark_of(query).shape or ("",))[0]
     found = [_held(part, batch) for part in (query, key, value)]
-    last, result = _followed(node, batch, (int(queries), int(heads), int(width)))
-    if last is None or any(one is None for one in found):
+    if any(one is None for one in found):
         return
-    (q, q_at), (k, k_at), (v, v_at) = cast("list[tuple[fx.Node, Place]]", found)
-    keys = (mark_of(key).shape or ())[2]
-    at = Heads(q_at, k_at, v_at, int(heads), int(queries), int(keys), int(width), result)
-    put(graph, last, attention_within, (q, k, v, at, *rest))
+    (q, seen_q), (k, seen_k), (v, seen_v) = cast("list[tuple[fx.Node, Tensor]]", found)
+    _, heads, queries, width = seen_q.shape
+    keys = seen_k.shape[2]
+    if not seen_k.shape == seen_v.shape == (_BATCH, heads, keys, width):
+        return
+    last, result = _followed(node, batch, (queries, heads, width))
+    if last is None:
+        return
+    begins = tuple(int(seen.storage_offset()) for seen in (seen_q, seen_k, seen_v))
+    strides = tuple(seen.stride()[:3] for seen in (seen_q, seen_k, seen_v))
+    put(graph, last, attention_within, (q, k, v, begins, strides, (heads, queries, keys, width), result, *rest))
 
 
-def _held(node: fx.Node, batch: int | str) -> tuple[fx.Node, Place] | None:
-    """What a view is of, and where in it; None: it is none, or one that a place does not say."""
+def _held(node: fx.Node, batch: int | str) -> tuple[fx.Node, Tensor] | None:
+    """What a view is of, and the view of as much; None: it is none, or one that strides do not say."""
     views = []
     while node.target in (*_SHAPES, *_MOVES):
         if node.target is not aten.contiguous.default:  # a copy of the same numbers: they are read where they were
@@ -59,9 +66,8 @@ def _held(node: fx.Node, batch: int | str) -> tuple[fx.Node, Place] | None:
     seen = _seen(base, views[::-1], batch)
     if seen is None or seen.ndim != 4 or len(seen) != _BATCH or seen.stride(3) != 1 or not _same(seen, base):
         return None
-    begin, steps = int(seen.storage_offset()), seen.stride()
     # a sample's own numbers: a step of the batch is its row's
-    return (node, Place(begin, *steps[:3])) if steps[0] == base[0].numel() > begin else None
+    return (node, seen) if seen.stride(0) == base[0].numel() > seen.storage_offset() else None
 
 
 def _followed(node: fx.Node, batch: int | str, shape: Sequence[int]) -> tuple[fx.Node | None, tuple[int, ...]]:
@@ -83,18 +89,23 @@ def _followed(node: fx.Node, batch: int | str, shape: Sequence[int]) -> tuple[fx
 
 
 def _seen(x: Tensor, views: Sequence[fx.Node], batch: int | str) -> Tensor | None:
-    """x through views, its batch being _BATCH."""
+    """x through views, its batch being _BATCH; None where one is not what its mark says: somebody edited it."""
     for view in views:
         shape = mark_of(view).shape
         if view.kwargs or not _one_batch(shape, batch):
             return None
+        arguments = list(view.args[1:])
         if view.target in _SHAPES:
-            x = x.reshape([_BATCH, *cast("tuple[int, ...]", shape)[1:]])
-        else:
-            arguments = view.args[1:]
-            if any(isinstance(one, fx.Node) for one in arguments):
-                return None
+            sizes = list(cast("Sequence[Any]", arguments[0]))
+            arguments = [[_BATCH if isinstance(sizes[0], fx.Node) else sizes[0], *sizes[1:]]]
+        if any(isinstance(one, fx.Node) for one in pytree.tree_leaves(arguments)):
+            return None
+        try:
             x = cast("Any", view.target)(x, *arguments)
+        except RuntimeError:
+            return None
+        if x.shape != (_BATCH, *cast("tuple[int, ...]", shape)[1:]):
+            return None
     return x
 
 

@@ -234,7 +234,7 @@ def test_views_of_heads_need_no_operations_where_strides_say_where_they_are(how,
 
 @tiles_here
 def test_a_view_that_was_edited_is_what_it_became(folder):
-    _, made, target = placed("side by side", folder)
+    module, made, target = placed("side by side", folder)
     inner = made.modules["image@0"]
     (node,) = (n for n in inner.graph.nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default)
     views = [n for n in inner.graph.nodes if n.target is torch.ops.aten.reshape.default and 3 in n.args[1][1:]]
@@ -243,11 +243,14 @@ def test_a_view_that_was_edited_is_what_it_became(folder):
         view.args = (view.args[0], [*view.args[1][:-2], 4, 8])
     node.kwargs = {**node.kwargs, "scale": 0.25}
     inner.recompile()
-    x = torch.randn(4, 72, 32)
+    x = 6 * torch.randn(4, 72, 32)  # far from looking at all alike
     (segment,) = made.plan.segments
     run = lower("native", segment, inner, target, examples_of(made.plan, segment, 4))
     with torch.no_grad():
-        assert nn.functional.cosine_similarity(run(x)[0].float(), inner(x)[0]).min() > 0.9995
+        found, want, before = run(x)[0].float(), inner(x)[0], module(x)
+    off = (found - want).abs().max()
+    assert off < 0.1 * (want - before).abs().max()
+    assert off < 0.03 * want.abs().max()
 
 
 @tiles_here

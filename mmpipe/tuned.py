@@ -49,8 +49,10 @@ class Best:
 
     @property
     def told(self) -> str:
-        faster = self.plain_row_seconds / self.row_seconds
-        return f"{self.choice.backend} {self.choice.dtype}, {faster:.2f} × as fast as {self.plain.backend}"
+        chosen, plain = (f"{way.backend} {way.dtype}" for way in (self.choice, self.plain))
+        if chosen == plain:
+            return f"{chosen}, the fastest that was tried"
+        return f"{chosen}, {self.plain_row_seconds / self.row_seconds:.2f} × as fast as {plain}"
 
     def not_yet(self, job_rows: int) -> str:
         saved = job_rows * (self.plain_row_seconds - self.row_seconds)

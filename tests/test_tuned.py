@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -77,6 +78,7 @@ def test_winners_are_kept_for_this_machine_and_used(weights, cache, monkeypatch)
         assert pipeline.resolved.segments == {"image@0": winner.choice}
         assert "tuned: image@0 eager bfloat16, 3.00 × as fast as eager" in pipeline.resolved.reasons["backend"]
         before = pipeline.fingerprints([])
+    assert dataclasses.replace(winner, plain=winner.choice).told == "eager bfloat16, the fastest that was tried"
     monkeypatch.setattr("mmpipe.tuned.hardware", lambda: "another")
     with Pipeline.load(made) as pipeline:
         assert pipeline.resolved.segments == {}

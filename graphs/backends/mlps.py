@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from mmpipe.graphs.backends.kernels import sources
-from mmpipe.graphs.backends.norms import eps_of, norms, picked, plain_factors
+from mmpipe.graphs.backends.norms import eps_of, norms, only_user, picked, plain_factors
 from mmpipe.graphs.backends.operations import ACTIVATIONS, COLUMNS, mlp, tiled
 from mmpipe.graphs.backends.packed import added, form_of
 from mmpipe.graphs.fuse import drop_unread_tensors, get_tensor, mark_of, set_tensor
@@ -100,7 +100,7 @@ def _join(made: fx.GraphModule, one: Mlp) -> None:
     x: Any = one.first.args[0]
     last, other, norm, then = one.second, None, None, None
     readers = set(x.users)
-    user = _only_user(last)
+    user = only_user(last)
     if user is not None and (other := added(last, user)) is not None:
         last = user
     residual = other is x and readers == {one.first, last}
@@ -108,7 +108,7 @@ def _join(made: fx.GraphModule, one: Mlp) -> None:
         norm, x = (x.args[2], x.args[3], eps_of(x)), x.args[0]
         other = None if residual else other
     residual = residual and norm is not None
-    after = _only_user(last)
+    after = only_user(last)
     if after is not None and _normed(made, after) and after.args[0] is last and picked(made, after) is None:
         then, last = (after.args[2], after.args[3], eps_of(after)), after
     with made.graph.inserting_before(last):
@@ -118,10 +118,6 @@ def _join(made: fx.GraphModule, one: Mlp) -> None:
     joined.meta = dict(last.meta)
     last.replace_all_uses_with(joined)
     made.graph.erase_node(last)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _normed(made: fx.GraphModule, node: fx.Node) -> bool:

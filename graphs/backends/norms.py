@@ -56,9 +56,14 @@ def put(graph: fx.Graph, node: fx.Node, function: Any, arguments: tuple[Any, ...
     graph.erase_node(node)
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """What alone reads it; None: several do, or nobody."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def picked(made: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The choice of rows that alone reads it: of each sample, always the same."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
+    user = only_user(node)
     return user if user is not None and user.target is aten.index_select.default and _picks(made, user) else None
 
 

@@ -6,7 +6,7 @@ Shape suffixes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,10 @@ MAX_RESIZED_PIXELS = 256_000_000
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 # A decoder that scales averages squares of pixels; resized again by two and more, that is hardly to be told apart.
 OVERSAMPLED = 2
+
+Part = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+# (a picture in RGB, the width and height it is resized to, the part that is seen, filter) → uint8 [3, height, width]
+Resizer = Callable[[Image.Image, tuple[int, int], Part, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,22 +55,23 @@ class ResizeCrop:
         """Pixels that the shorter side of a picture needs where it has been scaled down before."""
         return OVERSAMPLED * (self.short_side or max(self.height, self.width))
 
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image, resized: Resizer | None = None) -> dict[str, Tensor]:
+        """`resized`: what resizes in Pillow's place, to the same bits."""
         image, size = self._checked(image)
-        if size != image.size:
-            image = image.resize(size, RESAMPLING[self.resample])
-        return {"pixels": self._centred(_pixels(image))}
+        return {"pixels": self._filled((resized or by_pillow)(image, size, self._seen(*size), self.resample))}
 
     def fast(self, image: Image.Image) -> dict[str, Tensor]:
         """As `__call__`, resampled by torch in a quarter of the time: it rounds otherwise, by 1 of 255, seldom more."""
         if self.resample not in ("bilinear", "bicubic"):
             return self(image)
         image, (width, height) = self._checked(image)
-        x_CHW = _shared(image)
+        whole = lent(image)
+        x_CHW = _pixels(image) if whole is None else whole.permute(2, 0, 1)
         if (width, height) != image.size:
             size = (height, width)
             x_CHW = nn.functional.interpolate(x_CHW[None], size, mode=self.resample, antialias=True)[0]
-        return {"pixels": self._centred(x_CHW[:3])}
+        left, top, right, bottom = self._seen(width, height)
+        return {"pixels": self._filled(x_CHW[:3, top:bottom, left:right])}
 
     def _checked(self, image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
         """The picture in RGB, and the width and height that it is to be resized to."""
@@ -87,32 +92,42 @@ class ResizeCrop:
         ratio = max(ratios) if self.mode == "longest" else min(ratios)
         return round(width / ratio), round(height / ratio)
 
-    def _centred(self, x_CHW: Tensor) -> Tensor:
-        """The crop from the middle; where the picture is smaller, `fill` around it."""
-        height, width = x_CHW.shape[1:]
-        if width < self.width or height < self.height:
-            beside, above = max(0, self.width - width), max(0, self.height - height)
+    def _seen(self, width: int, height: int) -> Part:
+        """Of a picture that has been resized: the crop from the middle; all of it where it is smaller."""
+        whole = int if self.crop_down else round
+        left, top = whole(max(0, width - self.width) / 2), whole(max(0, height - self.height) / 2)
+        return left, top, left + min(width, self.width), top + min(height, self.height)
+
+    def _filled(self, x_CHW: Tensor) -> Tensor:
+        """Where the picture is smaller than the crop, `fill` around it."""
+        beside, above = self.width - x_CHW.shape[2], self.height - x_CHW.shape[1]
+        if beside or above:
             around = (beside // 2, beside - beside // 2, above // 2, above - above // 2)
             x_CHW = nn.functional.pad(x_CHW, around, value=self.fill)
-            height, width = x_CHW.shape[1:]
-        whole = int if self.crop_down else round
-        left, top = whole((width - self.width) / 2), whole((height - self.height) / 2)
-        return x_CHW[:, top : top + self.height, left : left + self.width].contiguous()
+        return x_CHW.contiguous()
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """uint8 [3, height, width], the channels lying together."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def by_pillow(image: Image.Image, size: tuple[int, int], part: Part, resample: str) -> Tensor:
+    """A picture in RGB, resized to (width, height) by Pillow → uint8 [3, height, width] of the part that is seen."""
+    if size != image.size:
+        image = image.resize(size, RESAMPLING[resample])
+    left, top, right, bottom = part
+    return _pixels(image)[:, top:bottom, left:right]
 
 
-def _shared(image: Image.Image) -> Tensor:
-    """As `_pixels`, with a fourth channel that means nothing: Pillow's own bytes, not to be written to. What Pillow
-    copies it copies with Python's lock held: where it is older than 11.2, or has a picture in several blocks."""
+def lent(image: Image.Image) -> Tensor | None:
+    """A picture in RGB → uint8 [height, width, 4]: Pillow's own bytes, not to be written to, of which the fourth means
+    nothing. None where it lends nobody any: it is older than 11.2, or has the picture in several blocks."""
     try:
         whole = torch.utils.dlpack.from_dlpack(pyarrow.array(image).values)
     except (AttributeError, TypeError, ValueError, pyarrow.ArrowInvalid):
-        return _pixels(image)
-    return whole.view(image.height, image.width, 4).permute(2, 0, 1)
+        return None
+    return whole.view(image.height, image.width, 4)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 [3, height, width], the channels lying together; copied with Python's lock held."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Normalised(nn.Module):

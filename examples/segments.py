@@ -36,9 +36,9 @@ from mmpipe.graphs.cut import cut  # noqa: E402
 from mmpipe.graphs.fuse import fuse  # noqa: E402
 from mmpipe.graphs.plan import HEAD, Plan, Segment  # noqa: E402
 from mmpipe.graphs.precision import lowered  # noqa: E402
-from mmpipe.lowering import compiled_folder  # noqa: E402
 from mmpipe.remembering import known_encoder  # noqa: E402
 from mmpipe.runtime.executor import threads_of  # noqa: E402
+from mmpipe.tuned import compiled_folder  # noqa: E402
 
 _TIMES = 3  # that a product is run in a round
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from mmpipe import resizing
 from mmpipe.errors import InputError
 from mmpipe.graphs.backends import BACKENDS, OPERATION_BY_OPERATION, examples_of, lower
 from mmpipe.graphs.plan import HEAD, PRESENCE, Segment
-from mmpipe.lowering import compiled_folder
 from mmpipe.machine import bfloat16_gain
 from mmpipe.parity import MIN_COSINE, real_rows
 from mmpipe.pipeline import Pipeline
 from mmpipe.resolved import Choice
 from mmpipe.trying import Lower, Measured, Trial, Workbench
-from mmpipe.tuned import Best, Tuned
+from mmpipe.tuned import Best, Tuned, compiled_folder
 from mmpipe.types import Sample
 
 _SECONDS = 1.5  # for one way to be timed
@@ -102,6 +102,10 @@ def autotune(
             if winner is not None:
                 best[segment.name, rows, threads] = winner
                 won.append((module, rows, threads, winner))
+    if pipeline.runners.resizes:
+        resizing.load(compiled_folder())
+        why = resizing.why_not()
+        say(f"pictures are resized by {f'Pillow: {why}' if why else 'native code, to the same bits'}")
     try:
         kept = Tuned().keep(won)
         why = "the cache is off (MMPIPE_CACHE)"

@@ -33,6 +33,7 @@ from mmpipe.calibrated import (
 from mmpipe.capturing import Shorter, captured_encoder, captured_head, shorter
 from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
+from mmpipe.encoders.image import ResizeCrop
 from mmpipe.encoders.own import source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
@@ -41,6 +42,7 @@ from mmpipe.graphs.fuse import ExitSpec, FusedGraph, PooledLayer, Probe, fuse
 from mmpipe.graphs.passes import optimise
 from mmpipe.graphs.plan import HEAD, GraphError
 from mmpipe.remembering import known_encoder, known_prompts
+from mmpipe.resizing import Resized
 
 _TEXTS = (".json", ".txt", ".model", ".bpe", ".yaml")
 
@@ -239,10 +241,13 @@ def _preparation(encoder: Encoder, settings: Mapping[str, Any], fast: bool) -> P
         heard = encoder.max_seconds
         decoded = None if heard is None else heard + encoder.margin_seconds
     side = _smallest_side(encoder, fast)
+    exactly: Callable[[Any], dict[str, Tensor]] = encoder.prepare
+    if isinstance(encoder, BuiltEncoder) and isinstance(encoder.host, ResizeCrop):
+        exactly = Resized(encoder.host)
     return Preparation(
         encoder.modality,
         encoder.dim,
-        encoder.prepare if side is None else getattr(encoder, "prepare_fast", encoder.prepare),
+        exactly if side is None else getattr(encoder, "prepare_fast", exactly),
         max_seconds=heard,
         settings=settings,
         notes=_notes(encoder, fast),

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpipe import media
+from mmpipe import media, resizing
 from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
+from mmpipe.tuned import compiled_folder
 
 MEMORY_BYTES = 400_000_000  # of one process: Python, torch, a tokeniser
 _KEPT_BYTES = 64_000_000  # of what a process has freed that stays with it
@@ -290,6 +291,8 @@ def _answer(pipe: Connection, arena: _Arena, content: bytes) -> None:
             preparations[branch] = pickle.loads(one)
         except Exception as error:  # noqa: BLE001 - a user's own code, which may not be found here
             missing[branch] = f"{type(error).__name__}: {error}"
+    if any(isinstance(one.prepare, resizing.Resized) for one in preparations.values()):
+        resizing.take(compiled_folder())
     pipe.send(missing)
     while True:
         branch, source = pipe.recv()

@@ -13,12 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
 
-from mmpipe.cache import folder as cache_folder
 from mmpipe.capturing import Shorter
 from mmpipe.config import Config
 from mmpipe.graphs import cost
@@ -32,7 +30,7 @@ from mmpipe.graphs.plan import HEAD, GraphError, Plan, Segment
 from mmpipe.graphs.precision import sharing
 from mmpipe.resolved import PLAIN, Choice, Resolved
 from mmpipe.runtime.device import Device
-from mmpipe.tuned import WON_BACK, Tuned
+from mmpipe.tuned import WON_BACK, Tuned, compiled_folder
 
 # Below it an encoder is mostly calls and copies: a shorter type brings little, and its rounding is felt as much.
 LARGE_NUMBERS = 5_000_000
@@ -338,9 +336,3 @@ def _memory_inside(plan: Plan, way: Resolved) -> int | None:
         return None
     rest = sum(way.memory.values()) - way.memory["workspaces"]
     return (way.memory_limit - rest) // (encoders * way.lanes)
-
-
-def compiled_folder() -> Path | None:
-    """Where compiled segments are kept; None: nowhere."""
-    where = cache_folder()
-    return None if where is None else where / "compiled"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mmpipe import media
+from mmpipe import media, resizing
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.fusion import gate
@@ -31,7 +31,7 @@ from mmpipe.runtime.executor import Executor, threads_of
 from mmpipe.runtime.lanes import Watch
 from mmpipe.runtime.ledger import Gate, Outcome
 from mmpipe.runtime.measure import expected_seconds, leaving, seconds_a_bucket, seconds_to_exits
-from mmpipe.tuned import Tuned
+from mmpipe.tuned import Tuned, compiled_folder
 from mmpipe.types import Sample
 
 _MANY = 1_000_000
@@ -48,6 +48,9 @@ class Runners:
         bound = built.calibration.binds_to.backends if built.calibration else None
         self.lowering = Lowering(config, device, Tuned(), dict(built.shorter), bound)
         self.shift: Shift | None = None  # how far the lowered graph was from float32
+        self.resizes = any(isinstance(one.prepare, resizing.Resized) for one in built.preparations.values())
+        if self.resizes:
+            resizing.take(compiled_folder())
         self._proved: set[tuple[str, str, str]] = set()  # (segment, backend, type) that went through the parity gate
         self._cut: Cut | None = None
         self._version = -1
@@ -124,7 +127,10 @@ class Runners:
         and make it ready."""
         if not self._began:
             self._forget_decision("batch")
-            self.resolved("batch", len(samples))
+            resolved = self.resolved("batch", len(samples))
+            if self.resizes:
+                pictures = [sample.media["image"] for sample in samples if "image" in sample.media]
+                resizing.settle(compiled_folder(), pictures, limits, resolved.processes * resolved.decode_workers)
         self.prove("batch", samples, limits)
         self.executor("batch", True)
 

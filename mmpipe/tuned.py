@@ -119,3 +119,9 @@ def _best(entry: Mapping[str, Any]) -> Best:
     if any(one.backend not in BACKENDS or one.dtype not in ("float32", "bfloat16") for one in (choice, plain)):
         raise ValueError("no such backend or number type")
     return Best(choice, plain=plain, **numbers)
+
+
+def compiled_folder() -> Path | None:
+    """Where compiled code is kept; None: nowhere."""
+    where = cache_folder()
+    return None if where is None else where / "compiled"

@@ -9,18 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.backends import Unlowerable
+from mmpipe.graphs.backends.compiler import compiled, loaded, named
 
 SECONDS = 2.5  # that compiling takes, about
 
@@ -35,8 +32,7 @@ _SHARED = ("tiles.h",)
 _WITHOUT_TILES = ("AVX512_CORE_BF16", "AVX512_CORE_FP16")  # of oneDNN's limits, those that leave bfloat16
 _OPTIONS = {"avx512_bf16": "-mavx512bf16", "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}  # GCC's names
 # no contraction: last bits would be the compiler's choice
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-w", "-fopenmp", "-shared", "-fPIC")
-_LIMIT_S = 120.0
+_FLAGS = ("-O3", "-ffp-contract=off", "-fopenmp")
 
 _lock = threading.Lock()
 library: Any = None  # the functions, once `load` has been called
@@ -89,7 +85,7 @@ def load(folder: Path | None) -> None:
 
 def _load(folder: Path | None) -> None:
     global library
-    made = _loaded(kept(folder, _name(), _compiled))
+    made = loaded(kept(folder, _name(), _compiled))
     pointer, number = ctypes.c_void_p, ctypes.c_long
     made.layer_norm.argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_float, number]
     made.layer_norm.restype = None
@@ -103,9 +99,7 @@ def _load(folder: Path | None) -> None:
 
 def _name() -> str:
     """By what it is made of: another source, or other flags, is another artefact."""
-    made_of = b"".join(_path(name).read_bytes() for name in (*_SHARED, *sources()))
-    made_of += repr([_FLAGS, _options(), os.environ.get("CXX", "")]).encode()
-    return f"native-{hashlib.sha256(made_of).hexdigest()[:32]}.so"
+    return named("native", [_path(name) for name in (*_SHARED, *sources())], [*_FLAGS, *_options()])
 
 
 def _path(name: str) -> Path:
@@ -119,31 +113,4 @@ def _options() -> list[str]:
 
 
 def _compiled() -> bytes:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler.split()[0] if compiler.split() else "") is None:
-        raise Unlowerable(f"native needs GCC once, and there is no {compiler} here: install one, or set CXX")
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place) / "native.so"
-        files = [str(_path(name)) for name in sources()]
-        command = [*compiler.split(), *_FLAGS, *_options(), "-o", str(made), *files]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unlowerable(f"{compiler} could not compile native code: {error}") from error
-        if done.returncode or not made.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-            raise Unlowerable(f"{compiler} could not compile native code: {lines[0]}")
-        return made.read_bytes()
-
-
-def _loaded(content: bytes) -> ctypes.CDLL:
-    """From memory: what is loaded is what was verified, whatever happens to a file."""
-    handle = os.memfd_create("mmpipe-native")
-    try:
-        with open(handle, "wb", closefd=False) as file:
-            file.write(content)
-        return ctypes.CDLL(f"/proc/self/fd/{handle}")
-    except OSError as error:
-        raise Unlowerable(f"native code can't be loaded: {error}") from error
-    finally:
-        os.close(handle)
+    return compiled([_path(name) for name in sources()], [*_FLAGS, *_options()])

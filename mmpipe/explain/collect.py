@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmpipe import resizing
 from mmpipe.budget import shown
 from mmpipe.explain.timing import products_seconds
 from mmpipe.explain.words import duration
@@ -214,6 +215,8 @@ def not_taken(pipeline: Pipeline, outcome: Outcome, segments: Sequence[Mapping[s
         found.append(("branches side by side", resolved.reasons["schedule"]))
     if resolved.decode == "exact" and "image" in pipeline.built.preparations:
         found.append(("fast decoding", resolved.reasons["decode"]))
+    if resolved.decode == "exact" and pipeline.runners.resizes and (why := resizing.why_not()):
+        found.append(("pictures resized by native code", why))
     if resolved.decoding == "threads":
         found.append(("decoding in processes", resolved.reasons["decoding"]))
     if resolved.processes == 1 and resolved.device == "cpu":

@@ -1,0 +1,174 @@
+"""Pictures resized by native code: Pillow's bits, or Pillow."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmpipe import media, resizing
+from mmpipe.encoders.image import ResizeCrop, lent
+from mmpipe.graphs.backends import Unlowerable
+from mmpipe.resizing import Resized, _Resizing
+
+compiles = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs GCC")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where it is kept, compiled once for all tests here."""
+    return tmp_path_factory.mktemp("resizing") / "compiled"
+
+
+@pytest.fixture
+def state(monkeypatch):
+    """A process that has not looked for it yet."""
+    fresh = _Resizing()
+    monkeypatch.setattr(resizing, "_state", fresh)
+    return fresh
+
+
+@pytest.fixture
+def native(folder, state):
+    resizing.load(folder)
+    if resizing.why_not().startswith("g++ could not compile"):
+        pytest.skip(resizing.why_not())
+    assert resizing.why_not() == ""
+    return state
+
+
+def noise(width, height, seed=0, hard=False):
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
+    return Image.fromarray((levels // 128 * 255 if hard else levels).astype(np.uint8))
+
+
+def same(crop, picture):
+    return torch.equal(Resized(crop)(picture)["pixels"], crop(picture)["pixels"])
+
+
+SIDES = st.integers(1, 700)
+CROPS = st.builds(
+    ResizeCrop,
+    height=st.integers(1, 80),
+    width=st.integers(1, 80),
+    mode=st.sampled_from(["shortest", "longest", "squash"]),
+    short_side=st.sampled_from([None, 17, 90]),
+    resample=st.sampled_from(["bilinear", "bicubic", "lanczos", "box"]),
+    fill=st.integers(0, 255),
+    crop_down=st.booleans(),
+)
+
+
+@compiles
+@settings(max_examples=300, deadline=None)
+@given(width=SIDES, height=SIDES, crop=CROPS, hard=st.booleans())
+def test_its_bits_are_pillow_s(folder, width, height, crop, hard):
+    resizing.load(folder)  # the process' own: a fixture would be one for all examples
+    assume(resizing.why_not() == "")
+    size = crop._resized(width, height)
+    assume(min(size) > 0 and size[0] * size[1] < 500_000)
+    assert same(crop, noise(width, height, width + height, hard))
+
+
+@compiles
+@pytest.mark.parametrize(
+    "size",
+    [
+        (2600, 1700),  # more pixels than Pillow has in one block, resized across first
+        (1500, 3500),  # the same, resized down first by Pillow 13
+        (224, 224),
+        (224, 600),
+        (225, 224),
+        (2000, 30),  # elongated
+    ],
+)
+def test_pictures_of_every_kind(native, size):
+    picture = noise(*size)
+    assert (lent(picture) is None) == (size[0] * size[1] > 4 << 20)
+    assert same(ResizeCrop(224, 224), picture)
+    assert same(ResizeCrop(224, 224, "longest", resample="bilinear"), picture)
+    assert np.array_equal(np.asarray(picture), np.asarray(noise(*size)))  # Pillow's own bytes are not written to
+
+
+@compiles
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
+def test_other_modes_are_made_rgb_first(native, mode):
+    assert same(ResizeCrop(32, 32), noise(90, 70).convert(mode))
+
+
+@compiles
+def test_it_is_native_code_that_resizes(native, monkeypatch):
+    picture, crop = noise(300, 200), ResizeCrop(32, 32)
+    expected = crop(picture)["pixels"]
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("Pillow was asked"))
+    assert torch.equal(Resized(crop)(picture)["pixels"], expected)
+
+
+@compiles
+def test_a_picture_that_lends_nobody_its_pixels_is_pillow_s(native, monkeypatch):
+    monkeypatch.setattr(resizing, "lent", lambda image: None)
+    assert same(ResizeCrop(32, 32), noise(90, 70))
+
+
+@compiles
+@pytest.mark.parametrize("first", [True, False])
+def test_the_order_of_a_pillow_s_passes_is_found_out(folder, state, first, monkeypatch):
+    """Whatever the installed one does: another order is not taken for its own."""
+    resizing.load(folder)
+    known = state.down_first
+    other = [order for order in resizing._ORDERS if order is not known]
+    monkeypatch.setattr(resizing, "_ORDERS", (known, *other) if first else (*other, known))
+    assert resizing._order(state.library) is known
+    monkeypatch.setattr(resizing, "_ORDERS", tuple(other))
+    with pytest.raises(Unlowerable, match="resizes to other bits than native code"):
+        resizing._order(state.library)
+
+
+@compiles
+def test_where_pillow_s_bits_are_others_pillow_resizes(folder, state, monkeypatch):
+    monkeypatch.setattr(resizing, "_ORDERS", (lambda across, down: across[0] > 100,))
+    resizing.load(folder)
+    assert "to other bits" in resizing.why_not()
+    assert state.library is None
+    assert same(ResizeCrop(32, 32), noise(300, 200))
+
+
+def test_without_a_compiler_pillow_resizes_and_it_is_tried_once(state, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    resizing._name.cache_clear()
+    resizing.load(tmp_path / "compiled")
+    assert "install one, or set CXX" in resizing.why_not()
+    monkeypatch.setattr(resizing, "compiled", lambda *_: pytest.fail("tried again"))
+    resizing.load(tmp_path / "compiled")
+    resizing._name.cache_clear()
+    assert same(ResizeCrop(32, 32), noise(90, 70))
+
+
+@compiles
+def test_only_a_job_that_wins_it_back_waits_for_the_compiler(state, tmp_path):
+    picture = noise(1200, 1000)
+    place = tmp_path / "compiled"
+    resizing.settle(place, [picture] * 100, media.Limits(), 2)
+    assert resizing.why_not() == "these 100 pictures would save 0.5 s, compiling takes 1.5 s, once"
+    assert not place.exists()
+    resizing.settle(place, [], media.Limits(), 2)
+    resizing.settle(place, [tmp_path / "missing.jpg"] * 10_000, media.Limits(), 2)
+    assert not place.exists()
+    resizing.settle(place, [picture] * 1000, media.Limits(), 2)
+    assert resizing.why_not() == ""
+    assert len(list(place.iterdir())) == 1
+
+
+@compiles
+def test_what_is_kept_is_taken_by_any_job(native, folder, monkeypatch):
+    fresh = _Resizing()
+    monkeypatch.setattr(resizing, "_state", fresh)
+    monkeypatch.setattr(resizing, "compiled", lambda *_: pytest.fail("compiled again"))
+    resizing.take(None)
+    assert fresh.library is None
+    resizing.take(folder)
+    assert fresh.library is not None

@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from mmpipe import resizing
 from mmpipe.errors import InputError
-from mmpipe.graphs.backends import BACKENDS, OPERATION_BY_OPERATION, examples_of, lower
-from mmpipe.graphs.plan import HEAD, PRESENCE, Segment
+from mmpipe.graphs.backends import BACKENDS, OPERATION_BY_OPERATION, lower
+from mmpipe.graphs.plan import HEAD, Segment
 from mmpipe.machine import bfloat16_gain
-from mmpipe.parity import MIN_COSINE, real_rows
+from mmpipe.parity import MIN_COSINE, bucket, real_rows
 from mmpipe.pipeline import Pipeline
 from mmpipe.resolved import Choice
 from mmpipe.trying import Lower, Measured, Trial, Workbench
@@ -91,7 +89,7 @@ def autotune(
     with Workbench(lower) as bench:
         for segment, rows, threads in _places(pipeline):
             module = pipeline.modules[segment.name]
-            inputs, count = _inputs(pipeline, segment, rows, real)
+            inputs, count = bucket(pipeline.plan, segment, rows, real)
             trial = Trial.of(segment, module, inputs, count, threads, compiled_folder(), _SECONDS)
             here = []
             for choice in _choices(backends):
@@ -149,19 +147,6 @@ def _tried(trial: Trial, choice: Choice, found: Measured) -> Tried:
         why = f"cosine {found.cosine:.4f} to eager float32"
     figures = (found.row_seconds, found.cosine, found.compile_seconds, found.ready_seconds)
     return Tried(trial.segment.name, trial.rows, trial.threads, choice, *figures, why)
-
-
-def _inputs(
-    pipeline: Pipeline, segment: Segment, rows: int, real: Mapping[str, Sequence[Tensor]]
-) -> tuple[list[Tensor], int]:
-    """A bucket of the samples' own rows, repeated, and how many are real; made up where there are none."""
-    names = (*segment.inputs, *segment.reads)
-    found, count = list(examples_of(pipeline.plan, segment, rows)), rows
-    for place, name in enumerate(names):
-        if name != PRESENCE and real.get(name):
-            found[place] = torch.stack([real[name][n % len(real[name])] for n in range(rows)])
-            count = min(rows, len(real[name]))
-    return found, count
 
 
 def _winner(tried: Sequence[Tried]) -> Best | None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -105,6 +106,11 @@ class BindsTo(_Keys):
     model: str = Field(description="Fingerprint of weights, preparation, labels and head, without the exits.")
     dtype: str = Field(description="Number format of the encoders.")
     backends: Names = Field(description="What computed the segments.")
+    dtypes: Mapping[str, str] = Field(default_factory=dict, description="Number format of each encoder, where known.")
+
+    def dtype_of(self, encoder: str) -> str | None:
+        """One encoder's number format; None: the file doesn't say."""
+        return self.dtype if self.dtype == "float32" else self.dtypes.get(encoder)
 
 
 class Calibration(_Keys):
@@ -227,13 +233,23 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def mismatch(calibration: Calibration, *, model: str, dtype: str, backends: Sequence[str]) -> str | None:
+def mismatch(
+    calibration: Calibration,
+    *,
+    model: str,
+    dtype: str,
+    backends: Sequence[str],
+    dtypes: Mapping[str, str] = MappingProxyType({}),
+) -> str | None:
     """Why a calibration doesn't hold for what is built, in words; None: it does."""
     bound = calibration.binds_to
     if bound.model != model:
         return "it was made for another model: weights, preparation, labels or head have changed"
     if bound.dtype != dtype:
         return f"it was made with numbers of type {bound.dtype}, and these are {dtype}"
+    for encoder, its in dtypes.items():
+        if (wanted := bound.dtype_of(encoder)) not in (None, its):
+            return f"it was made with {encoder} in {wanted}, and here it is {its}"
     if sorted(set(bound.backends)) != sorted(set(backends)):
         return f"it was made with {' and '.join(bound.backends)}, and this runs with {' and '.join(backends)}"
     return None

@@ -11,12 +11,13 @@ parity gate (`mmpipe.parity`) stays float32 and eager too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import GraphModule
 
+from mmpipe.calibrated import BindsTo
 from mmpipe.capturing import Shorter
 from mmpipe.config import Config
 from mmpipe.graphs import cost
@@ -60,7 +61,7 @@ class Lowering:
     device: Device
     tuned: Tuned
     shorter: dict[str, Shorter] = field(default_factory=dict)  # branches that may be computed at a text's length
-    bound: Sequence[str] | None = None  # backends that a calibration's exits hold for; None: there is none
+    bound: BindsTo | None = None  # what a calibration's exits hold for, which `auto` then is; None: there is none
     refused: dict[str, str] = field(default_factory=dict)  # branch → why it stays float32 and eager
     _lengths: dict[int, Mapping[int, Cut]] = field(default_factory=dict)  # id of a module → by length
     _kept: dict[tuple[object, ...], tuple[GraphModule, Lowered]] = field(default_factory=dict)
@@ -123,7 +124,7 @@ class Lowering:
             whole = cost.weight_bytes([made.modules[segment.name]])
             if self.config.runtime.backend not in ("auto", *OPERATION_BY_OPERATION):
                 total += whole
-            elif self._eager(whole >= 4 * LARGE_NUMBERS).dtype != "float32":
+            elif self._eager(segment.branch, made.modules[segment.name]).dtype != "float32":
                 total += whole // 2
         return total
 
@@ -244,25 +245,28 @@ class Lowering:
         if segment.branch == HEAD or segment.branch in self.refused:
             return PLAIN, "", None
         module = made.modules[segment.name]
-        large = _large(module)
         if runtime.backend == "auto":
             # what was measured on the processor says nothing of another device
             best = self.tuned.best(module, rows, threads) if self.device.kind == "cpu" else None
             if best is None or runtime.dtype not in ("auto", best.choice.dtype):
-                return self._plain(made, module, large, job_rows)
+                return self._plain(made, segment, job_rows)
+            if not self._holds_for(segment.branch, best.choice):
+                choice, _, _ = self._plain(made, segment, job_rows)
+                was = f"{best.choice.backend} {best.choice.dtype}"
+                return choice, f"{segment.name} not {was}, which was fastest: the calibration is of another", None
             if forked and best.choice.backend not in OPERATION_BY_OPERATION:
-                choice, _, _ = self._plain(made, module, large, job_rows)
+                choice, _, _ = self._plain(made, segment, job_rows)
                 return choice, f"{segment.name} not {best.choice.backend}, which needs one process for all cores", None
             if not best.pays(job_rows):
-                choice, _, _ = self._plain(made, module, large, job_rows)
+                choice, _, _ = self._plain(made, segment, job_rows)
                 return choice, f"{segment.name} {best.not_yet(job_rows)}", best.pays_from
             try:  # now, so that what is resolved is what runs
                 self._made(made.plan, segment, module, best.choice, rows, threads)
             except Unlowerable as error:
-                choice, _, _ = self._plain(made, module, large, job_rows)
+                choice, _, _ = self._plain(made, segment, job_rows)
                 return choice, f"{segment.name} not {best.choice.backend}, which was fastest: {error}", None
             return best.choice, f"tuned: {segment.name} {best.told}", None
-        dtype = self._eager(large).dtype
+        dtype = self._eager(segment.branch, module).dtype
         if runtime.backend == "onnx" and runtime.dtype == "auto":
             dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU
         if runtime.backend == "native" and not (
@@ -271,20 +275,21 @@ class Lowering:
             return Choice("eager", dtype), "configured; eager where there is nothing for it in bfloat16", None
         return Choice(runtime.backend, dtype), "configured", None
 
-    def _plain(self, made: Cut, module: GraphModule, large: bool, job_rows: int) -> tuple[Choice, str, int | None]:
+    def _plain(self, made: Cut, segment: Segment, job_rows: int) -> tuple[Choice, str, int | None]:
         """What needs no tuning: code of our own where it can be had, without waiting for a compiler in vain."""
-        choice = self._eager(large)
+        module = made.modules[segment.name]
+        choice = self._eager(segment.branch, module)
         if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not _native_saves(module):
             return choice, "", None
         if why := kernels.why_not():
             return choice, f"not native: {why}", None
-        calibrated = self.bound is not None and "native" in "+".join(self.bound).split("+")
+        calibrated = self.bound is not None and "native" in _backends(self.bound)
         if self.bound is not None and not calibrated:
-            return choice, f"not native: the calibration was made with {' and '.join(self.bound)}", None
+            return choice, f"not native: the calibration was made with {' and '.join(self.bound.backends)}", None
         if not calibrated and not kernels.ready(compiled_folder()):
             branches = (s for s in made.plan.segments if s.branch != HEAD and s.branch not in self.refused)
-            encoders = [made.modules[segment.name] for segment in branches]
-            saved = sum(_native_saves(one) for one in encoders if self._eager(_large(one)).dtype == "bfloat16")
+            encoders = [(one.branch, made.modules[one.name]) for one in branches]
+            saved = sum(_native_saves(one) for branch, one in encoders if self._eager(branch, one).dtype == "bfloat16")
             pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)
             if job_rows < pays_from:
                 why = f"{job_rows} rows would save {job_rows * saved:.1f} s, compiling takes {kernels.SECONDS:.0f} s"
@@ -295,22 +300,47 @@ class Lowering:
             return choice, f"not native: {error}", None
         return replace(choice, backend="native"), "native: attention, MLPs and norms compiled for this processor", None
 
-    def _eager(self, large: bool) -> Choice:
-        """The plain backend, in the type that is configured, else in the one that pays."""
+    def _eager(self, branch: str, module: GraphModule) -> Choice:
+        """The plain backend, in the type that is configured, that the calibration has, else in the one that pays."""
         asked = self.config.runtime.dtype
         if asked != "auto":
             return Choice("eager", asked)
-        pays = large and self.device.bfloat16_gain() >= _GAIN
+        if self.bound is not None and (dtype := self.bound.dtype_of(branch)) is not None:
+            return Choice("eager", dtype if dtype != "bfloat16" or self.device.bfloat16_gain() else "float32")
+        pays = (_large(module) or self._measured_short(module)) and self.device.bfloat16_gain() >= _GAIN
         return Choice("eager", "bfloat16" if pays else "float32")
+
+    def undecided(self, made: Cut) -> list[Segment]:
+        """Of encoders that are small: which number type is faster there, no rule says, and nobody has measured yet."""
+        runtime = self.config.runtime
+        free = runtime.dtype == "auto" and runtime.backend in ("auto", *OPERATION_BY_OPERATION) and self.bound is None
+        if not free or self.device.kind != "cpu" or self.device.bfloat16_gain() < _GAIN:
+            return []
+        encoders = [one for one in made.plan.segments if one.branch != HEAD and one.branch not in self.refused]
+        modules = made.modules
+        return [s for s in encoders if not _large(modules[s.name]) and self.tuned.dtype(modules[s.name]) is None]
+
+    def _measured_short(self, module: GraphModule) -> bool:
+        return self.device.kind == "cpu" and self.tuned.dtype(module) == "bfloat16"
+
+    def _holds_for(self, branch: str, choice: Choice) -> bool:
+        """Whether what was calibrated holds for an encoder that is computed so."""
+        if self.bound is None:
+            return True
+        return choice.backend in _backends(self.bound) and self.bound.dtype_of(branch) in (None, choice.dtype)
 
     def _why_dtype(self, short: bool) -> str:
         if self.config.runtime.dtype != "auto":
             return "configured"
+        if self.bound is not None and (self.bound.dtype == "float32" or self.bound.dtypes):
+            return f"the calibration is of {self.bound.dtype}"
         gain = self.device.bfloat16_gain()
         if gain == 0:
             return f"this {'processor' if self.device.kind == 'cpu' else 'GPU'} does not multiply bfloat16 itself"
         measured = f"a product in bfloat16 takes {1 / gain:.2f} of float32's time here"
-        return measured if short or gain < _GAIN else f"{measured}, but no encoder is large enough to gain"
+        if short or gain < _GAIN:
+            return measured
+        return f"{measured}, but no encoder is large enough to gain, and none was measured to"
 
     def _why_backend(self) -> str:
         if self.config.runtime.backend != "auto":
@@ -322,6 +352,11 @@ def _native_saves(module: GraphModule) -> float:
     """Seconds of a row; 0: not worth it."""
     saved = saved_seconds(module)
     return saved if saved >= _LEAST_SAVED_S else 0.0
+
+
+def _backends(bound: BindsTo) -> set[str]:
+    """That a calibrated plan may have: those that were beside others were told with a + between."""
+    return {"eager", *"+".join(bound.backends).split("+")}
 
 
 def _large(module: GraphModule) -> bool:

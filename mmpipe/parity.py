@@ -16,7 +16,7 @@ from mmpipe import media
 from mmpipe.build import Preparation
 from mmpipe.errors import MmpipeError
 from mmpipe.graphs.backends import Lowered, examples_of
-from mmpipe.graphs.plan import PRESENCE, Plan
+from mmpipe.graphs.plan import PRESENCE, Plan, Segment
 from mmpipe.preparing import prepared
 from mmpipe.types import Sample
 
@@ -109,6 +109,18 @@ def compare(
             clear_R = top_R2[:, 0] - top_R2[:, -1] > TIE
             flipped = max(flipped, int((clear_R & (one_RL.argmax(1) != other_RL.argmax(1))).sum()))
     return Shift(cosine, confidence, flipped, rows)
+
+
+def bucket(plan: Plan, segment: Segment, rows: int, real: Mapping[str, Sequence[Tensor]]) -> tuple[list[Tensor], int]:
+    """One segment's inputs, and what it reads: the samples' own rows, repeated; made up where there are none. And how
+    many are real: all, where none is."""
+    names = (*segment.inputs, *segment.reads)
+    found, count = list(examples_of(plan, segment, rows)), rows
+    for place, name in enumerate(names):
+        if name != PRESENCE and real.get(name):
+            found[place] = torch.stack([real[name][n % len(real[name])] for n in range(rows)])
+            count = min(rows, len(real[name]))
+    return found, count
 
 
 def _inputs(plan: Plan, rows: int, real: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from mmpipe.engine import Engine, Wish
 from mmpipe.errors import InputError, ModelError
 from mmpipe.fingerprints import fingerprints
 from mmpipe.graphs.fuse import FusedGraph
-from mmpipe.graphs.plan import Plan
+from mmpipe.graphs.plan import HEAD, Plan
 from mmpipe.jobs.auditing import audit_settings
 from mmpipe.jobs.job import JobSettings, Summary, run_job
 from mmpipe.jobs.output import refuse
@@ -38,7 +38,7 @@ from mmpipe.loading import collector_paused, give_back_freed_memory
 from mmpipe.machine import versions
 from mmpipe.observing import Observer
 from mmpipe.placing import device_of
-from mmpipe.resolved import Kind, Resolved
+from mmpipe.resolved import PLAIN, Kind, Resolved
 from mmpipe.runners import Runners
 from mmpipe.runtime.ledger import Outcome
 from mmpipe.runtime.shard import Answered
@@ -84,7 +84,7 @@ class Pipeline:
         if calibration is None:
             return ""
         dtype, backends = self.resolved.dtype, [self.resolved.backend]
-        why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends)
+        why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends, dtypes=self.dtypes)
         return not_bound(self.config, why) if why else ""
 
     def _still_calibrated(self) -> None:
@@ -132,6 +132,15 @@ class Pipeline:
         """What every `auto` became, for batches, and why."""
         with self._lock:
             return self.runners.resolved()
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Encoder → the number type that it is computed in, for batches: a depth exit may part it into several."""
+        found: dict[str, set[str]] = {}
+        for segment in self.plan.segments:
+            if segment.branch != HEAD:
+                found.setdefault(segment.branch, set()).add(self.resolved.segments.get(segment.name, PLAIN).dtype)
+        return {branch: "+".join(sorted(types)) for branch, types in found.items()}
 
     @property
     def labels(self) -> tuple[str, ...]:

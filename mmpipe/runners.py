@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mmpipe import media, resizing
+from mmpipe import media, number_types, resizing
 from mmpipe.build import Built
 from mmpipe.config import Config
 from mmpipe.fusion import gate
@@ -45,7 +45,7 @@ class Runners:
         self.graph: FusedGraph = built.graph
         self._as_built = self.graph.version
         self.observers = Observers()
-        bound = built.calibration.binds_to.backends if built.calibration else None
+        bound = built.calibration.binds_to if built.calibration else None
         self.lowering = Lowering(config, device, Tuned(), dict(built.shorter), bound)
         self.shift: Shift | None = None  # how far the lowered graph was from float32
         self.resizes = any(isinstance(one.prepare, resizing.Resized) for one in built.preparations.values())
@@ -127,12 +127,27 @@ class Runners:
         and make it ready."""
         if not self._began:
             self._forget_decision("batch")
+            self._measure_types(samples, limits)
             resolved = self.resolved("batch", len(samples))
             if self.resizes:
                 pictures = [sample.media["image"] for sample in samples if "image" in sample.media]
                 resizing.settle(compiled_folder(), pictures, limits, resolved.processes * resolved.decode_workers)
         self.prove("batch", samples, limits)
         self.executor("batch", True)
+
+    def _measure_types(self, samples: Sequence[Sample], limits: media.Limits) -> None:
+        """In which number type small encoders are faster: once on a machine, by the first job that is long enough."""
+        if len(samples) < number_types.LEAST_ROWS or not (small := self.lowering.undecided(self.cut)):
+            return
+        way = self.resolved("batch", len(samples))
+        real = real_rows(samples, self.built.preparations, limits)
+        made = {segment: self.cut.modules[segment.name] for segment in small}
+        found = number_types.faster(self.cut.plan, made, way.batch_size, way.threads, real)
+        with contextlib.suppress(OSError):  # this job knows them in any case
+            self.lowering.tuned.keep_dtypes(found)
+        for kind in ("batch", "call"):
+            self._forget_decision(kind)
+        self.forget_executors()
 
     def prove(self, kind: Kind, samples: Sequence[Sample], limits: media.Limits) -> None:
         """Let what is lowered otherwise than eager float32 through the parity gate, on the first samples that come. An

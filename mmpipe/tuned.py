@@ -1,4 +1,5 @@
-"""What `mmpipe autotune` found, kept for this machine: segment, bucket and threads → the fastest way, with its figures.
+"""What was measured, kept for this machine: by `mmpipe autotune`, segment, bucket and threads → the fastest way, with
+its figures; by long jobs, encoder that is too small for a rule → the number type that it is faster in.
 
 One JSON file for each combination of processor and library versions: what was measured with others says nothing.
 """
@@ -24,6 +25,8 @@ from mmpipe.graphs.digest import digest
 from mmpipe.machine import hardware
 from mmpipe.resolved import Choice
 
+DTYPES = ("float32", "bfloat16")
+_PARTS = ("segments", "types")
 WON_BACK = 2.0  # a compiler is waited for where it saves this many times what it takes
 
 
@@ -71,14 +74,21 @@ class Tuned:
         self._digests: dict[int, tuple[fx.GraphModule, str]] = {}
 
     @cached_property
-    def entries(self) -> dict[str, Any]:
-        if self._path is None:
-            return {}
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and found.get("version") == 1 and isinstance(found.get("segments"), dict):
-                return dict(found["segments"])
+    def _found(self) -> dict[str, dict[str, Any]]:
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads(self._path.read_text(encoding="utf-8"))
+                if isinstance(found, dict) and found.get("version") == 1:
+                    return {part: dict(found[part]) for part in _PARTS if isinstance(found.get(part), dict)}
         return {}
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return self._found.setdefault("segments", {})
+
+    @property
+    def types(self) -> dict[str, Any]:
+        return self._found.setdefault("types", {})
 
     def best(self, module: fx.GraphModule, rows: int, threads: int) -> Best | None:
         """For a segment by what it computes, whatever it is called."""
@@ -92,20 +102,38 @@ class Tuned:
 
     def keep(self, found: Iterable[tuple[fx.GraphModule, int, int, Best]]) -> Path | None:
         """Write winners: (segment, rows, threads, best). None where nothing may be kept. Raises OSError."""
-        if self._path is None:
-            return None
         for module, rows, threads, best in found:
             self.entries[self._key(module, rows, threads)] = asdict(best)
+        return self._write()
+
+    def dtype(self, module: fx.GraphModule) -> str | None:
+        """The number type that a segment is faster in; None: nobody measured."""
+        if not self.types:
+            return None
+        found = self.types.get(self._digest(module))
+        return found if found in DTYPES else None
+
+    def keep_dtypes(self, found: Iterable[tuple[fx.GraphModule, str]]) -> Path | None:
+        """Write types, as `keep`; this object knows them in any case."""
+        self.types.update({self._digest(module): dtype for module, dtype in found})
+        return self._write()
+
+    def _write(self) -> Path | None:
+        if self._path is None:
+            return None
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         half = self._path.with_suffix(f".{os.getpid()}")
-        half.write_text(json.dumps({"version": 1, "segments": self.entries}, indent=1), encoding="utf-8")
+        half.write_text(json.dumps({"version": 1, **self._found}, indent=1), encoding="utf-8")
         os.replace(half, self._path)
         return self._path
 
     def _key(self, module: fx.GraphModule, rows: int, threads: int) -> str:
+        return f"{self._digest(module)}:{rows}:{threads}"
+
+    def _digest(self, module: fx.GraphModule) -> str:
         if id(module) not in self._digests:
             self._digests[id(module)] = module, digest(module).hex()
-        return f"{self._digests[id(module)][1][:32]}:{rows}:{threads}"
+        return self._digests[id(module)][1][:32]
 
 
 def _best(entry: Mapping[str, Any]) -> Best:
@@ -116,7 +144,7 @@ def _best(entry: Mapping[str, Any]) -> Best:
     if not 0 <= numbers["ready_seconds"] < math.inf:
         raise ValueError("getting ready takes some time")
     choice, plain = (Choice(entry[name]["backend"], entry[name]["dtype"]) for name in ("choice", "plain"))
-    if any(one.backend not in BACKENDS or one.dtype not in ("float32", "bfloat16") for one in (choice, plain)):
+    if any(one.backend not in BACKENDS or one.dtype not in DTYPES for one in (choice, plain)):
         raise ValueError("no such backend or number type")
     return Best(choice, plain=plain, **numbers)
 

@@ -19,7 +19,7 @@ MADE = {
     "version": 1,
     "made_by": "mmpipe 0.1.0",
     "labels": shop.LABELS,
-    "binds_to": {"model": "?", "dtype": "float32", "backends": ["eager"]},
+    "binds_to": {"model": "?", "dtype": "float32", "backends": ["eager"], "dtypes": {}},
     "confidence": "margin",
     "exits": [
         {"after": ["audio"], "threshold": 0.05, "temperature": 2.5, "answered": 0.5},
@@ -174,7 +174,7 @@ WRONG = [
     ("{}", "c.json", "", "no version"),
     (made(version=2), "c.json", "version", "version 2"),
     (made(version=True), "c.json", "version", "version true"),
-    (made(confidence="maximum"), "c.json:17", "confidence", "unknown value 'maximum'"),
+    (made(confidence="maximum"), "c.json:18", "confidence", "unknown value 'maximum'"),
     (made(suprise=1), "c.json", "suprise", "unknown key"),
     (made(full_temperature=0), "c.json", "full_temperature", "above 0"),
     (made(labels="mug"), "c.json", "labels", "a list"),

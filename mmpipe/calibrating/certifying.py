@@ -177,7 +177,7 @@ def _calibration(
         version=1,
         made_by=f"mmpipe {__version__}",
         labels=scores.labels,
-        binds_to=BindsTo(model=scores.model, dtype=scores.dtype, backends=scores.backends),
+        binds_to=BindsTo(model=scores.model, dtype=scores.dtype, backends=scores.backends, dtypes=scores.dtypes),
         confidence=confidence,  # type: ignore[arg-type]
         exits=exits,
         full_temperature=temperatures["+".join(scores.modalities)],

@@ -83,9 +83,10 @@ def _scores(request: Request, listing: Listing, pipeline: Pipeline, progress: Pr
 
 
 def _held_out(path: Path, pipeline: Pipeline, say: Callable[[str], None]) -> Scores:
-    """The packaged scores, if they are of this very model."""
-    scores, resolved = read_scores(path), pipeline.resolved
-    if (scores.model, scores.dtype, scores.backends) != (pipeline.built.core, resolved.dtype, (resolved.backend,)):
+    """The packaged scores, if they are of this very model: `auto` is then what they are of."""
+    scores, runtime = read_scores(path), pipeline.config.runtime
+    configured = runtime.dtype in ("auto", scores.dtype) and runtime.backend in ("auto", *scores.backends)
+    if scores.model != pipeline.built.core or not configured:
         raise ConfigError(
             f"{path.name} holds the scores of another model, number type or backend",
             where=path.name,

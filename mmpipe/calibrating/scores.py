@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Scores:
     model: str  # the fingerprint that the scores are of
     dtype: str
     backends: tuple[str, ...]
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # of each encoder
     dropped: int = 0  # samples that the full pipeline could not answer: they are no part of any share
 
     @property
@@ -129,7 +130,7 @@ def subsets(modalities: Sequence[str]) -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(modalities, length)
 
 
-_META = ("modalities", "labels", "seconds", "model", "dtype", "backends", "dropped")
+_META = ("modalities", "labels", "seconds", "model", "dtype", "backends", "dtypes", "dropped")
 
 
 def write_scores(path: Path, scores: Scores) -> None:
@@ -161,6 +162,7 @@ def read_scores(path: Path) -> Scores:
             model=meta["model"],
             dtype=meta["dtype"],
             backends=tuple(meta["backends"]),
+            dtypes=dict(meta.get("dtypes", {})),  # files of before have none
             dropped=meta["dropped"],
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

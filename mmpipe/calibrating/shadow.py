@@ -97,6 +97,7 @@ def shadow(
         model=pipeline.built.core,
         dtype=pipeline.resolved.dtype,
         backends=(pipeline.resolved.backend,),
+        dtypes=pipeline.dtypes,
         dropped=len(samples) - len(ids),
     )
     return scores, ids

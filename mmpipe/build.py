@@ -243,7 +243,8 @@ def _preparation(encoder: Encoder, settings: Mapping[str, Any], fast: bool) -> P
     side = _smallest_side(encoder, fast)
     exactly: Callable[[Any], dict[str, Tensor]] = encoder.prepare
     if isinstance(encoder, BuiltEncoder) and isinstance(encoder.host, ResizeCrop):
-        exactly = Resized(encoder.host)
+        own = type(encoder).prepare is not BuiltEncoder.prepare
+        exactly = encoder.prepare if own else Resized(encoder.host)
     return Preparation(
         encoder.modality,
         encoder.dim,

@@ -109,8 +109,9 @@ class BindsTo(_Keys):
     dtypes: Mapping[str, str] = Field(default_factory=dict, description="Number format of each encoder, where known.")
 
     def dtype_of(self, encoder: str) -> str | None:
-        """One encoder's number format; None: the file doesn't say."""
-        return self.dtype if self.dtype == "float32" else self.dtypes.get(encoder)
+        """One encoder's number format; None: the file doesn't say, or it has several."""
+        told = self.dtype if self.dtype == "float32" else self.dtypes.get(encoder)
+        return told if told in ("float32", "bfloat16") else None
 
 
 class Calibration(_Keys):
@@ -248,7 +249,7 @@ def mismatch(
     if bound.dtype != dtype:
         return f"it was made with numbers of type {bound.dtype}, and these are {dtype}"
     for encoder, its in dtypes.items():
-        if (wanted := bound.dtype_of(encoder)) not in (None, its):
+        if (wanted := bound.dtypes.get(encoder, its)) != its:
             return f"it was made with {encoder} in {wanted}, and here it is {its}"
     if sorted(set(bound.backends)) != sorted(set(backends)):
         return f"it was made with {' and '.join(bound.backends)}, and this runs with {' and '.join(backends)}"

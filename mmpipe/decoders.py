@@ -33,7 +33,6 @@ from torch import Tensor
 from mmpipe import media, resizing
 from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
-from mmpipe.tuned import compiled_folder
 
 MEMORY_BYTES = 400_000_000  # of one process: Python, torch, a tokeniser
 _KEPT_BYTES = 64_000_000  # of what a process has freed that stays with it
@@ -194,7 +193,7 @@ class Decoders:
                 self.note = f"{branch} is decoded by threads: its prepare() is {len(content) / 1e6:.0f} MB large"
             else:
                 found[branch] = content
-        return frozenset(found), pickle.dumps((found, limits))
+        return frozenset(found), pickle.dumps((found, limits, resizing.content()))
 
 
 class Decoder:
@@ -284,15 +283,15 @@ def serve(socket_fd: int, memory_fd: int, content_fd: int) -> None:
 def _answer(pipe: Connection, arena: _Arena, content: bytes) -> None:
     from mmpipe.preparing import prepared
 
-    contents, limits = pickle.loads(content)
+    contents, limits, resizes = pickle.loads(content)
     preparations, missing = {}, {}
     for branch, one in contents.items():
         try:
             preparations[branch] = pickle.loads(one)
         except Exception as error:  # noqa: BLE001 - a user's own code, which may not be found here
             missing[branch] = f"{type(error).__name__}: {error}"
-    if any(isinstance(one.prepare, resizing.Resized) for one in preparations.values()):
-        resizing.take(compiled_folder())
+    if resizes:
+        resizing.adopt(lambda: bytes(resizes))
     pipe.send(missing)
     while True:
         branch, source = pipe.recv()

@@ -1,6 +1,7 @@
 """Which backend and number type each segment gets on this machine, and why; and the lowered segments, kept.
 
-    runtime.dtype    as configured; auto: bfloat16 for large encoders where the device multiplies it faster
+    runtime.dtype    as configured; auto: what a calibration has; else, where the device multiplies it faster, bfloat16
+                     for large encoders, and for small ones where that was measured (`mmpipe.number_types`)
     runtime.backend  as configured; auto: what `mmpipe autotune` found fastest for a segment; where nothing was, or that
                      can't be had any more, native if this machine has it, else eager
 
@@ -124,7 +125,7 @@ class Lowering:
             whole = cost.weight_bytes([made.modules[segment.name]])
             if self.config.runtime.backend not in ("auto", *OPERATION_BY_OPERATION):
                 total += whole
-            elif self._eager(segment.branch, made.modules[segment.name]).dtype != "float32":
+            elif self._eager(made, segment.branch).dtype != "float32":
                 total += whole // 2
         return total
 
@@ -250,14 +251,14 @@ class Lowering:
             best = self.tuned.best(module, rows, threads) if self.device.kind == "cpu" else None
             if best is None or runtime.dtype not in ("auto", best.choice.dtype):
                 return self._plain(made, segment, job_rows)
-            if not self._holds_for(segment.branch, best.choice):
+            if not self._holds_for(made, segment.branch, best.choice):
                 choice, _, _ = self._plain(made, segment, job_rows)
                 was = f"{best.choice.backend} {best.choice.dtype}"
                 return choice, f"{segment.name} not {was}, which was fastest: the calibration is of another", None
             if forked and best.choice.backend not in OPERATION_BY_OPERATION:
                 choice, _, _ = self._plain(made, segment, job_rows)
                 return choice, f"{segment.name} not {best.choice.backend}, which needs one process for all cores", None
-            if not best.pays(job_rows):
+            if not best.pays(job_rows) and self.bound is None:  # what was calibrated with a compiler waits for it
                 choice, _, _ = self._plain(made, segment, job_rows)
                 return choice, f"{segment.name} {best.not_yet(job_rows)}", best.pays_from
             try:  # now, so that what is resolved is what runs
@@ -266,7 +267,7 @@ class Lowering:
                 choice, _, _ = self._plain(made, segment, job_rows)
                 return choice, f"{segment.name} not {best.choice.backend}, which was fastest: {error}", None
             return best.choice, f"tuned: {segment.name} {best.told}", None
-        dtype = self._eager(segment.branch, module).dtype
+        dtype = self._eager(made, segment.branch).dtype
         if runtime.backend == "onnx" and runtime.dtype == "auto":
             dtype = "float32"  # the only one that ONNX Runtime multiplies on a CPU
         if runtime.backend == "native" and not (
@@ -278,7 +279,7 @@ class Lowering:
     def _plain(self, made: Cut, segment: Segment, job_rows: int) -> tuple[Choice, str, int | None]:
         """What needs no tuning: code of our own where it can be had, without waiting for a compiler in vain."""
         module = made.modules[segment.name]
-        choice = self._eager(segment.branch, module)
+        choice = self._eager(made, segment.branch)
         if choice.dtype != "bfloat16" or self.device.kind != "cpu" or not _native_saves(module):
             return choice, "", None
         if why := kernels.why_not():
@@ -288,8 +289,8 @@ class Lowering:
             return choice, f"not native: the calibration was made with {' and '.join(self.bound.backends)}", None
         if not calibrated and not kernels.ready(compiled_folder()):
             branches = (s for s in made.plan.segments if s.branch != HEAD and s.branch not in self.refused)
-            encoders = [(one.branch, made.modules[one.name]) for one in branches]
-            saved = sum(_native_saves(one) for branch, one in encoders if self._eager(branch, one).dtype == "bfloat16")
+            short = [made.modules[s.name] for s in branches if self._eager(made, s.branch).dtype == "bfloat16"]
+            saved = sum(map(_native_saves, short))
             pays_from = math.ceil(WON_BACK * kernels.SECONDS / saved)
             if job_rows < pays_from:
                 why = f"{job_rows} rows would save {job_rows * saved:.1f} s, compiling takes {kernels.SECONDS:.0f} s"
@@ -300,43 +301,52 @@ class Lowering:
             return choice, f"not native: {error}", None
         return replace(choice, backend="native"), "native: attention, MLPs and norms compiled for this processor", None
 
-    def _eager(self, branch: str, module: GraphModule) -> Choice:
-        """The plain backend, in the type that is configured, that the calibration has, else in the one that pays."""
-        asked = self.config.runtime.dtype
+    def _eager(self, made: Cut, branch: str) -> Choice:
+        """The plain backend, in the type that is configured, that the calibration has, else in the one that pays: one
+        for all segments of an encoder."""
+        asked, gain = self.config.runtime.dtype, self.device.bfloat16_gain()
         if asked != "auto":
             return Choice("eager", asked)
         if self.bound is not None and (dtype := self.bound.dtype_of(branch)) is not None:
-            return Choice("eager", dtype if dtype != "bfloat16" or self.device.bfloat16_gain() else "float32")
-        pays = (_large(module) or self._measured_short(module)) and self.device.bfloat16_gain() >= _GAIN
-        return Choice("eager", "bfloat16" if pays else "float32")
+            return Choice("eager", dtype if dtype != "bfloat16" or gain else "float32")
+        pays = _large(made, branch) or (self.bound is None and self._measured_short(made, branch))
+        return Choice("eager", "bfloat16" if pays and gain >= _GAIN else "float32")
 
-    def undecided(self, made: Cut) -> list[Segment]:
-        """Of encoders that are small: which number type is faster there, no rule says, and nobody has measured yet."""
+    def undecided(self, made: Cut) -> dict[str, dict[Segment, GraphModule]]:
+        """Encoders that are small: which number type is faster there, no rule says, and nobody has measured yet."""
         runtime = self.config.runtime
         free = runtime.dtype == "auto" and runtime.backend in ("auto", *OPERATION_BY_OPERATION) and self.bound is None
         if not free or self.device.kind != "cpu" or self.device.bfloat16_gain() < _GAIN:
-            return []
-        encoders = [one for one in made.plan.segments if one.branch != HEAD and one.branch not in self.refused]
-        modules = made.modules
-        return [s for s in encoders if not _large(modules[s.name]) and self.tuned.dtype(modules[s.name]) is None]
+            return {}
+        names = [branch.name for branch in made.plan.branches if branch.name not in self.refused]
+        found = {branch: _segments(made, branch) for branch in names}
+        return {
+            branch: its
+            for branch, its in found.items()
+            if not _large(made, branch) and any(self.tuned.dtype(module) is None for module in its.values())
+        }
 
-    def _measured_short(self, module: GraphModule) -> bool:
-        return self.device.kind == "cpu" and self.tuned.dtype(module) == "bfloat16"
+    def _measured_short(self, made: Cut, branch: str) -> bool:
+        measured = map(self.tuned.dtype, _segments(made, branch).values())
+        return self.device.kind == "cpu" and all(dtype == "bfloat16" for dtype in measured)
 
-    def _holds_for(self, branch: str, choice: Choice) -> bool:
+    def _holds_for(self, made: Cut, branch: str, choice: Choice) -> bool:
         """Whether what was calibrated holds for an encoder that is computed so."""
         if self.bound is None:
             return True
-        return choice.backend in _backends(self.bound) and self.bound.dtype_of(branch) in (None, choice.dtype)
+        backends = _backends(self.bound)
+        if choice.backend not in backends or (choice.backend == "eager" and "native" in backends):
+            return False
+        return choice.dtype == self._eager(made, branch).dtype
 
     def _why_dtype(self, short: bool) -> str:
         if self.config.runtime.dtype != "auto":
             return "configured"
-        if self.bound is not None and (self.bound.dtype == "float32" or self.bound.dtypes):
-            return f"the calibration is of {self.bound.dtype}"
         gain = self.device.bfloat16_gain()
         if gain == 0:
             return f"this {'processor' if self.device.kind == 'cpu' else 'GPU'} does not multiply bfloat16 itself"
+        if self.bound is not None and (self.bound.dtype == "float32" or self.bound.dtypes):
+            return f"the calibration is of {self.bound.dtype}"
         measured = f"a product in bfloat16 takes {1 / gain:.2f} of float32's time here"
         if short or gain < _GAIN:
             return measured
@@ -359,8 +369,12 @@ def _backends(bound: BindsTo) -> set[str]:
     return {"eager", *"+".join(bound.backends).split("+")}
 
 
-def _large(module: GraphModule) -> bool:
-    return cost.weight_bytes([module]) >= 4 * LARGE_NUMBERS
+def _large(made: Cut, branch: str) -> bool:
+    return cost.weight_bytes(list(_segments(made, branch).values())) >= 4 * LARGE_NUMBERS
+
+
+def _segments(made: Cut, branch: str) -> dict[Segment, GraphModule]:
+    return {segment: made.modules[segment.name] for segment in made.plan.segments if segment.branch == branch}
 
 
 def _memory_inside(plan: Plan, way: Resolved) -> int | None:

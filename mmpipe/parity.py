@@ -116,22 +116,20 @@ def bucket(plan: Plan, segment: Segment, rows: int, real: Mapping[str, Sequence[
     many are real: all, where none is."""
     names = (*segment.inputs, *segment.reads)
     found, count = list(examples_of(plan, segment, rows)), rows
-    for place, name in enumerate(names):
-        if name != PRESENCE and real.get(name):
-            found[place] = torch.stack([real[name][n % len(real[name])] for n in range(rows)])
-            count = min(rows, len(real[name]))
+    for place, (name, example) in enumerate(zip(names, tuple(found), strict=True)):
+        given = [row for row in real.get(name, ()) if row.shape == example.shape[1:] and row.dtype == example.dtype]
+        if given and name != PRESENCE:
+            found[place] = torch.stack([given[n % len(given)] for n in range(rows)])
+            count = min(rows, len(given))
     return found, count
 
 
 def _inputs(plan: Plan, rows: int, real: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    known = {PRESENCE: torch.ones(rows, len(plan.branches), dtype=torch.bool)}
+    known: dict[str, Tensor] = {}
     for segment in plan.segments:
-        for name, example in zip((*segment.inputs, *segment.reads), examples_of(plan, segment, rows), strict=True):
-            if name not in segment.inputs or name == PRESENCE:
-                continue
-            given = [row for row in real.get(name, ()) if row.shape == example.shape[1:] and row.dtype == example.dtype]
-            known[name] = torch.stack([given[n % len(given)] for n in range(rows)]) if given else example
-    return known
+        found, _ = bucket(plan, segment, rows, real)
+        known |= dict(zip(segment.inputs, found[: len(segment.inputs)], strict=True))
+    return known | {PRESENCE: torch.ones(rows, len(plan.branches), dtype=torch.bool)}
 
 
 def _walk(plan: Plan, lowered: Mapping[str, Lowered], known: Mapping[str, Tensor]) -> dict[str, Tensor]:

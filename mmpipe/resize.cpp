@@ -128,20 +128,9 @@ void one_across_avx2(const uint8_t *const *, const int32_t *, long, uint8_t *con
 void one_down_avx2(const uint8_t *, long, const int32_t *, long, long, uint8_t *) {}
 #endif
 
-}  // namespace
-
-extern "C" {
-
-// Where what pixels [at, at + count) of a side are made from begins and ends.
-void reach(int filter, long in, long out, long at, long count, long *begin, long *end) {
-    const Taps first = taps(filter, in, out, at), last = taps(filter, in, out, at + count - 1);
-    *begin = in == out ? at : first.first;
-    *end = in == out ? at + count : last.first + last.count;
-}
-
 // Rows whose pixels begin at column `begin` of `in` → columns [at, at + width) of `out`, densely.
-void across(const uint8_t *from, long stride, long rows, int filter, long in, long out, long at, long width, long begin,
-            uint8_t *to) {
+void all_across(const uint8_t *from, long stride, long rows, int filter, long in, long out, long at, long width,
+                long begin, uint8_t *to) {
     if (in == out) {
         for (long y = 0; y < rows; y++) memcpy(to + y * width * 4, from + y * stride + (at - begin) * 4, width * 4);
         return;
@@ -170,8 +159,8 @@ void across(const uint8_t *from, long stride, long rows, int filter, long in, lo
 }
 
 // Rows that begin at `begin` of `in` → rows [at, at + rows) of `out`, densely.
-void down(const uint8_t *from, long stride, long width, int filter, long in, long out, long at, long rows, long begin,
-          uint8_t *to) {
+void all_down(const uint8_t *from, long stride, long width, int filter, long in, long out, long at, long rows,
+              long begin, uint8_t *to) {
     for (long y = 0; y < rows; y++, to += width * 4) {
         if (in == out) {
             memcpy(to, from + (at + y - begin) * stride, width * 4);
@@ -184,5 +173,38 @@ void down(const uint8_t *from, long stride, long width, int filter, long in, lon
         else
             one_down(start, stride, one.factors.data(), one.count, 0, width * 4, to);
     }
+}
+
+// 0; 1: there is not enough memory.
+template <typename Work> int tried(Work work) {
+    try {
+        work();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Where what pixels [at, at + count) of a side are made from begins and ends.
+int reach(int filter, long in, long out, long at, long count, long *begin, long *end) {
+    return tried([=] {
+        const Taps first = taps(filter, in, out, at), last = taps(filter, in, out, at + count - 1);
+        *begin = in == out ? at : first.first;
+        *end = in == out ? at + count : last.first + last.count;
+    });
+}
+
+int across(const uint8_t *from, long stride, long rows, int filter, long in, long out, long at, long width, long begin,
+           uint8_t *to) {
+    return tried([=] { all_across(from, stride, rows, filter, in, out, at, width, begin, to); });
+}
+
+int down(const uint8_t *from, long stride, long width, int filter, long in, long out, long at, long rows, long begin,
+         uint8_t *to) {
+    return tried([=] { all_down(from, stride, width, filter, in, out, at, rows, begin, to); });
 }
 }

@@ -7,11 +7,12 @@ known gives this Pillow's bits, Pillow resizes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
 import random
-import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from mmpipe.graphs.artefacts import kept
 from mmpipe.graphs.backends import Unlowerable
 from mmpipe.graphs.backends.compiler import compiled, loaded, named
 from mmpipe.tuned import WON_BACK
+from mmpipe.types import Sample
 
 SECONDS = 1.5  # that compiling takes, about
 _SAVED_S = 8e-9  # of a core, for each pixel of a picture
@@ -65,11 +67,13 @@ class _Resizing:
     """What this process has of it."""
 
     library: Any = None
+    content = b""  # of the library
     down_first: Order = _ORDERS[-1]
     why_not = "no job was long enough yet to win back compiling it"
     failed = False  # for good
 
 
+_lock = threading.Lock()
 _state = _Resizing()
 
 
@@ -91,43 +95,66 @@ def why_not() -> str:
 def take(folder: Path | None) -> None:
     """Load what `folder` keeps, if it does. Waits for no compiler."""
     if folder is not None and (folder / _name()).is_file():
-        load(folder)
+        with contextlib.suppress(_NotKept):
+            adopt(lambda: kept(folder, _name(), _not_kept, tell=lambda text: None))
 
 
-def settle(folder: Path | None, pictures: Sequence[Any], limits: media.Limits, cores: int) -> None:
-    """Before a job of these pictures: load it, and compile it first where that is won back."""
+def settle(folder: Path | None, samples: Sequence[Sample], limits: media.Limits, cores: int) -> None:
+    """Before a job of these: load it, and compile it first where that is won back."""
     take(folder)
-    if _state.library is not None or _state.failed or not pictures:
+    if _state.library is not None or _state.failed or not samples:
         return
-    some = random.Random(0).sample(pictures, min(_LOOKED_AT, len(pictures)))
-    sizes = [size for size in (media.picture_size(one, limits) for one in some) if size is not None]
-    pixels = statistics.fmean(width * height for width, height in sizes) if sizes else 0.0
-    saved = len(pictures) * pixels * _SAVED_S / cores
-    if saved < WON_BACK * SECONDS:
-        told = f"these {len(pictures):,} pictures would save {saved:.1f} s, compiling takes {SECONDS:g} s, once"
+    drawn = random.Random(0).sample(range(len(samples)), min(_LOOKED_AT, len(samples)))
+    found = [media.picture_size(samples[row].media.get("image"), limits) for row in drawn]
+    pixels = sum(size[0] * size[1] for size in found if size is not None) / len(drawn)
+    saved = len(samples) * pixels * _SAVED_S / cores
+    if saved >= WON_BACK * SECONDS:
+        load(folder)
+    else:
+        told = f"these {len(samples):,} samples would save {saved:.1f} s, compiling takes {SECONDS:g} s, once"
         _state.why_not = told
-        return
-    load(folder)
 
 
 def load(folder: Path | None) -> None:
     """Compile it, or take what `folder` keeps; once a process, also where it fails: then `why_not` says so."""
-    if _state.library is not None or _state.failed:
-        return
-    try:
-        if platform.system() != "Linux":
-            raise Unlowerable("native code is for Linux")
-        library = loaded(kept(folder, _name(), lambda: compiled([_SOURCE], _FLAGS)))
-        pointer, number = ctypes.c_void_p, ctypes.c_long
-        library.reach.argtypes = [ctypes.c_int, *[number] * 4, *[ctypes.POINTER(number)] * 2]
-        for one in (library.across, library.down):
-            one.argtypes = [pointer, number, number, ctypes.c_int, *[number] * 5, pointer]
-        for one in (library.reach, library.across, library.down):
-            one.restype = None
-        _state.down_first = _order(library)
-        _state.library = library
-    except Unlowerable as error:
-        _state.failed, _state.why_not = True, str(error)
+    adopt(lambda: kept(folder, _name(), lambda: compiled([_SOURCE], _FLAGS)))
+
+
+def content() -> bytes:
+    """The library that this process has, for another one to `adopt`; empty: none."""
+    return _state.content
+
+
+def adopt(made: Callable[[], bytes]) -> None:
+    """Load a library, where this process has none and none failed."""
+    with _lock:
+        if _state.library is not None or _state.failed:
+            return
+        try:
+            if platform.system() != "Linux":
+                raise Unlowerable("native code is for Linux")
+            found = made()
+            library = _typed(loaded(found))
+            _state.down_first = _order(library)
+            _state.content, _state.library = found, library
+        except Unlowerable as error:
+            _state.failed, _state.why_not = True, str(error)
+
+
+def _typed(library: Any) -> Any:
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    library.reach.argtypes = [ctypes.c_int, *[number] * 4, *[ctypes.POINTER(number)] * 2]
+    for one in (library.across, library.down):
+        one.argtypes = [pointer, number, number, ctypes.c_int, *[number] * 5, pointer]
+    return library
+
+
+class _NotKept(Exception):
+    pass
+
+
+def _not_kept() -> bytes:
+    raise _NotKept
 
 
 @functools.cache
@@ -155,7 +182,7 @@ def _alike(library: Any, order: Order, across: _Side, down: _Side, name: str) ->
 def _resized(image: Image.Image, size: tuple[int, int], part: Part, resample: str) -> Tensor:
     """As `by_pillow`."""
     found = None
-    if resample in _FILTERS and max(image.size) <= _ELONGATED * min(image.size):
+    if resample in _FILTERS and min(size) > 0 and max(image.size) <= _ELONGATED * min(image.size):
         found = _through(_state.library, _state.down_first, image, size, part, resample)
     return by_pillow(image, size, part, resample) if found is None else found
 
@@ -163,7 +190,7 @@ def _resized(image: Image.Image, size: tuple[int, int], part: Part, resample: st
 def _through(
     library: Any, order: Order, image: Image.Image, size: tuple[int, int], part: Part, resample: str
 ) -> Tensor | None:
-    """None: this Pillow lends nobody its pixels."""
+    """None: this Pillow lends nobody its pixels. Raises MemoryError."""
     across, down = zip(image.size, size, strict=True)
     number = int(RESAMPLING[resample])
     left, top, right, bottom = part
@@ -174,10 +201,10 @@ def _through(
     found = torch.empty(height, width, 4, dtype=torch.uint8)
 
     def go_across(from_: Tensor, to: Tensor) -> None:
-        library.across(*_rows(from_), len(from_), number, *across, left, width, begin_x, to.data_ptr())
+        _done(library.across(*_rows(from_), len(from_), number, *across, left, width, begin_x, to.data_ptr()))
 
     def go_down(from_: Tensor, to: Tensor) -> None:
-        library.down(*_rows(from_), from_.shape[1], number, *down, top, height, begin_y, to.data_ptr())
+        _done(library.down(*_rows(from_), from_.shape[1], number, *down, top, height, begin_y, to.data_ptr()))
 
     if order(across, down):
         between = torch.empty(height, end_x - begin_x, 4, dtype=torch.uint8)
@@ -200,8 +227,13 @@ def _through(
 
 def _reach(library: Any, number: int, side: _Side, first: int, last: int) -> tuple[int, int]:
     begin, end = ctypes.c_long(), ctypes.c_long()
-    library.reach(number, *side, first, last - first, begin, end)
+    _done(library.reach(number, *side, first, last - first, begin, end))
     return begin.value, end.value
+
+
+def _done(failed: int) -> None:
+    if failed:
+        raise MemoryError("not enough memory to resize a picture")
 
 
 def _rows(pixels_HW4: Tensor) -> tuple[int, int]:

@@ -130,8 +130,8 @@ class Runners:
             self._measure_types(samples, limits)
             resolved = self.resolved("batch", len(samples))
             if self.resizes:
-                pictures = [sample.media["image"] for sample in samples if "image" in sample.media]
-                resizing.settle(compiled_folder(), pictures, limits, resolved.processes * resolved.decode_workers)
+                workers = resolved.processes * resolved.decode_workers
+                resizing.settle(compiled_folder(), samples, limits, workers)
         self.prove("batch", samples, limits)
         self.executor("batch", True)
 
@@ -140,9 +140,10 @@ class Runners:
         if len(samples) < number_types.LEAST_ROWS or not (small := self.lowering.undecided(self.cut)):
             return
         way = self.resolved("batch", len(samples))
+        if len(samples) < number_types.LEAST_ROWS * way.processes * way.lanes:
+            return
         real = real_rows(samples, self.built.preparations, limits)
-        made = {segment: self.cut.modules[segment.name] for segment in small}
-        found = number_types.faster(self.cut.plan, made, way.batch_size, way.threads, real)
+        found = number_types.faster(self.cut.plan, small, way.threads, real)
         with contextlib.suppress(OSError):  # this job knows them in any case
             self.lowering.tuned.keep_dtypes(found)
         for kind in ("batch", "call"):

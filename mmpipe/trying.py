@@ -1,7 +1,6 @@
 """A way to compute a segment, compiled and timed in a process of its own: a compiler may crash, or never end.
 
 Trial       a segment in one bucket, as another process can read it
-Bench       it, with what times ways of computing it
 Workbench   that process: started when first asked, and anew after it died
 Measured    what it found, or why there is nothing
 """
@@ -153,21 +152,21 @@ def _serve(pipe: Connection, lower: Lower, keeps_memory: bool) -> None:
     os.dup2(2, 1)  # what a compiler prints is no result
     if keeps_memory:
         keep_freed_memory()
-    bench: Bench | None = None
+    bench: _Bench | None = None
     while True:
         try:
             given = pipe.recv()
         except EOFError:
             return
         if isinstance(given, Trial):
-            bench = Bench(given, lower)
+            bench = _Bench(given, lower)
             continue
         assert bench is not None
         pipe.send(bench.measured(given))
 
 
-class Bench:
-    """One segment in one bucket: on the child's side, or where nothing that is tried could crash."""
+class _Bench:
+    """One segment in one bucket, on the child's side."""
 
     def __init__(self, trial: Trial, lower: Lower) -> None:
         self.trial, self.lower = trial, lower

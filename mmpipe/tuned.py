@@ -74,21 +74,12 @@ class Tuned:
         self._digests: dict[int, tuple[fx.GraphModule, str]] = {}
 
     @cached_property
-    def _found(self) -> dict[str, dict[str, Any]]:
-        if self._path is not None:
-            with contextlib.suppress(OSError, ValueError):
-                found = json.loads(self._path.read_text(encoding="utf-8"))
-                if isinstance(found, dict) and found.get("version") == 1:
-                    return {part: dict(found[part]) for part in _PARTS if isinstance(found.get(part), dict)}
-        return {}
-
-    @property
     def entries(self) -> dict[str, Any]:
-        return self._found.setdefault("segments", {})
+        return self._read()["segments"]
 
-    @property
+    @cached_property
     def types(self) -> dict[str, Any]:
-        return self._found.setdefault("types", {})
+        return self._read()["types"]
 
     def best(self, module: fx.GraphModule, rows: int, threads: int) -> Best | None:
         """For a segment by what it computes, whatever it is called."""
@@ -102,9 +93,9 @@ class Tuned:
 
     def keep(self, found: Iterable[tuple[fx.GraphModule, int, int, Best]]) -> Path | None:
         """Write winners: (segment, rows, threads, best). None where nothing may be kept. Raises OSError."""
-        for module, rows, threads, best in found:
-            self.entries[self._key(module, rows, threads)] = asdict(best)
-        return self._write()
+        new = {self._key(module, rows, threads): asdict(best) for module, rows, threads, best in found}
+        self.entries.update(new)
+        return self._write("segments", new)
 
     def dtype(self, module: fx.GraphModule) -> str | None:
         """The number type that a segment is faster in; None: nobody measured."""
@@ -115,15 +106,28 @@ class Tuned:
 
     def keep_dtypes(self, found: Iterable[tuple[fx.GraphModule, str]]) -> Path | None:
         """Write types, as `keep`; this object knows them in any case."""
-        self.types.update({self._digest(module): dtype for module, dtype in found})
-        return self._write()
+        new = {self._digest(module): dtype for module, dtype in found}
+        self.types.update(new)
+        return self._write("types", new)
 
-    def _write(self) -> Path | None:
+    def _read(self) -> dict[str, dict[str, Any]]:
+        parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads(self._path.read_text(encoding="utf-8"))
+                if isinstance(found, dict) and found.get("version") == 1:
+                    parts |= {part: found[part] for part in _PARTS if isinstance(found.get(part), dict)}
+        return parts
+
+    def _write(self, part: str, new: Mapping[str, Any]) -> Path | None:
+        """With what others have written meanwhile."""
         if self._path is None:
             return None
+        found = self._read()
+        found[part].update(new)
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         half = self._path.with_suffix(f".{os.getpid()}")
-        half.write_text(json.dumps({"version": 1, **self._found}, indent=1), encoding="utf-8")
+        half.write_text(json.dumps({"version": 1, **found}, indent=1), encoding="utf-8")
         os.replace(half, self._path)
         return self._path
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
+import torch
 from support import shop
 
-from mmpipe import ConfigError, Pipeline, machine, number_types
+from mmpipe import ConfigError, Pipeline, machine, number_types, parity
 from mmpipe.calibrated import Calibration, mismatch
+from mmpipe.graphs.backends import Unlowerable
 from mmpipe.resolved import Choice
-from mmpipe.trying import Measured
 from mmpipe.tuned import Best, Tuned
 
 ENCODERS = ("image", "text", "audio")
@@ -27,12 +29,13 @@ def measured(monkeypatch, multiplies):
     """Short jobs measure; of what is measured, pictures are faster in bfloat16. → how often each was."""
     asked = []
 
-    def faster(plan, modules, rows, threads, real):
-        asked.extend(segment.branch for segment in modules)
-        return [(module, "bfloat16" if one.branch == "image" else "float32") for one, module in modules.items()]
+    def faster(plan, encoders, threads, real):
+        asked.extend(encoders)
+        of = {branch: "bfloat16" if branch == "image" else "float32" for branch in encoders}
+        return [(module, of[branch]) for branch, segments in encoders.items() for module in segments.values()]
 
     monkeypatch.setattr(number_types, "faster", faster)
-    monkeypatch.setattr(number_types, "LEAST_ROWS", 20)
+    monkeypatch.setattr(number_types, "LEAST_ROWS", 6)
     return asked
 
 
@@ -48,46 +51,68 @@ def types(pipeline):
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
+def two_ways(plain, short, *, turned=0.0, refuses=False):
+    """In the place of `lower`: what takes so many milliseconds for a bucket, and turns what it returns in bfloat16."""
+
+    def lower(backend, segment, module, target, examples=()):
+        if refuses and target.dtype == torch.bfloat16:
+            raise Unlowerable("it refuses")
+
+        def run(*inputs):
+            time.sleep((plain if target.dtype == torch.float32 else short) / 1e3)
+            value = torch.ones(target.rows, 2)
+            value[:, 0] += turned * (target.dtype == torch.bfloat16)
+            return (value,)
+
+        return run
+
+    return lower
+
+
 @pytest.mark.parametrize(
-    ("plain", "short", "becomes"),
+    ("lower", "becomes"),
     [
-        (Measured(1e-3), Measured(5e-4, 0.9999), "bfloat16"),
-        (Measured(1e-3), Measured(9e-4, 0.9999), "float32"),  # another time it could be the other way
-        (Measured(1e-3), Measured(1e-4, 0.99), "float32"),  # not at parity
-        (Measured(1e-3), Measured(1e-4, float("nan")), "float32"),
-        (Measured(1e-3), Measured(why="it refuses"), "float32"),
-        (Measured(1e-5), None, "float32"),  # nothing to gain: not tried
+        (two_ways(20, 5), "bfloat16"),
+        (two_ways(20, 18), "float32"),  # another time it could be the other way
+        (two_ways(20, 5, turned=1.0), "float32"),  # not at parity
+        (two_ways(20, 5, turned=float("nan")), "float32"),
+        (two_ways(20, 5, refuses=True), "float32"),
+        (two_ways(0, 0, refuses=True), "float32"),  # nothing to gain: not tried
     ],
 )
-def test_bfloat16_has_to_be_surely_faster_and_at_parity(pipeline, monkeypatch, plain, short, becomes):
-    class Stub:
-        def __init__(self, trial, lower):
-            self.trial = trial
-
-        def measured(self, choice):
-            found = plain if choice.dtype == "float32" else short
-            assert found is not None
-            return found
-
-    monkeypatch.setattr(number_types, "Bench", Stub)
-    made = {segment: pipeline.modules[segment.name] for segment in pipeline.plan.segments[:1]}
-    ((module, dtype),) = number_types.faster(pipeline.plan, made, 8, 1, {})
-    assert (module, dtype) == (*made.values(), becomes)
+def test_bfloat16_has_to_be_surely_faster_and_at_parity(pipeline, monkeypatch, lower, becomes):
+    monkeypatch.setattr(number_types, "lower", lower)
+    segment = next(s for s in pipeline.plan.segments if s.branch == "audio" and len(s.writes) == 1)
+    made = {"audio": {segment: pipeline.modules[segment.name]}}
+    assert number_types.faster(pipeline.plan, made, 1, {}) == [(pipeline.modules[segment.name], becomes)]
 
 
-def test_it_is_measured_for_real(pipeline, samples):
-    from mmpipe.parity import real_rows
-
-    made = {s: pipeline.modules[s.name] for s in pipeline.plan.segments if s.branch in ENCODERS}
-    real = real_rows(samples, pipeline.built.preparations, pipeline.limits)
-    found = number_types.faster(pipeline.plan, made, 8, 1, real)
-    assert len(found) == len(made)
+def test_it_is_measured_for_real_and_an_odd_row_is_passed_over(pipeline, samples, multiplies):
+    made = pipeline.runners.lowering.undecided(pipeline.runners.cut)
+    assert set(made) == set(ENCODERS)
+    real = parity.real_rows(samples, pipeline.built.preparations, pipeline.limits)
+    real["image.photo"][1] = torch.zeros(3)
+    found = number_types.faster(pipeline.plan, made, 1, real)
+    assert len(found) == sum(map(len, made.values()))
     assert {dtype for _, dtype in found} <= {"float32", "bfloat16"}
+
+
+def test_an_encoder_that_an_exit_parts_has_one_type(weights, measured, samples):
+    exits = [{"after": "text.layer1", "threshold": 0.9}]
+    with Pipeline.load(shop.config(weights, exits)) as pipeline:
+        assert sum(segment.branch == "text" for segment in pipeline.plan.segments) == 2
+        lowering, made = pipeline.runners.lowering, pipeline.runners.cut
+        first, rest = lowering.undecided(made)["text"].values()
+        lowering.tuned.keep_dtypes([(first, "bfloat16")])
+        assert "text" in lowering.undecided(made)
+        lowering.tuned.keep_dtypes([(rest, "float32")])
+        assert "text" not in lowering.undecided(made)
+        assert lowering._eager(made, "text").dtype == "float32"
 
 
 def test_a_long_job_measures_once_and_all_kinds_of_runs_have_what_it_found(weights, cache, measured, samples):
     with Pipeline.load(shop.config(weights, shop.EXITS)) as pipeline:
-        pipeline.settle(samples[:10])  # not long enough
+        pipeline.settle(samples[:5])  # not long enough
         assert (measured, pipeline.resolved.dtype) == ([], "float32")
     with Pipeline.load(shop.config(weights, shop.EXITS)) as pipeline:
         pipeline.settle(samples)
@@ -110,7 +135,7 @@ def test_where_nothing_is_kept_the_job_itself_knows(weights, measured, samples):
 @pytest.mark.parametrize(("key", "value"), [("dtype", "float32"), ("dtype", "bfloat16"), ("backend", "inductor")])
 def test_what_is_configured_is_not_measured(weights, measured, samples, monkeypatch, key, value):
     with Pipeline.load(shop.config(weights, runtime={key: value})) as pipeline:
-        assert pipeline.runners.lowering.undecided(pipeline.runners.cut) == []
+        assert pipeline.runners.lowering.undecided(pipeline.runners.cut) == {}
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 0.0)
     with Pipeline.load(shop.config(weights)) as pipeline:
         pipeline.settle(samples)
@@ -123,7 +148,10 @@ def test_types_and_winners_are_kept_side_by_side(pipeline, tmp_path):
     tuned = Tuned(tmp_path)
     assert tuned.dtype(module) is None
     tuned.keep_dtypes([(module, "bfloat16")])
+    other = Tuned(tmp_path)
+    assert not other.entries
     path = Tuned(tmp_path).keep([(module, 8, 1, best)])
+    other.keep_dtypes([(module, "bfloat16")])  # what another wrote meanwhile stays
     again = Tuned(tmp_path)
     assert (again.dtype(module), again.best(module, 8, 1)) == ("bfloat16", best)
     for broken in ('{"version": 1, "types": 3}', '{"version": 1, "types": {}}', "?"):
@@ -192,6 +220,16 @@ def test_a_type_that_this_processor_does_not_multiply_is_a_mismatch(weights, tmp
     written = calibrated(weights, tmp_path / "c.json", core, "bfloat16", dict.fromkeys(ENCODERS, "bfloat16"))
     with pytest.raises(ConfigError, match="numbers of type bfloat16, and these are float32"):
         Pipeline.load(written)
+
+
+def test_a_file_that_names_no_encoder_s_type_does_not_follow_what_was_measured(
+    weights, cache, measured, samples, core, tmp_path
+):
+    with Pipeline.load(shop.config(weights)) as pipeline:
+        pipeline.settle(samples)
+    for dtypes in ({}, {"image": "bfloat16+float32"}):
+        with pytest.raises(ConfigError, match="numbers of type bfloat16, and these are float32"):
+            Pipeline.load(calibrated(weights, tmp_path / "c.json", core, "bfloat16", dtypes))
 
 
 @pytest.fixture(scope="module")

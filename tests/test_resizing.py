@@ -1,6 +1,9 @@
 """Pictures resized by native code: Pillow's bits, or Pillow."""
 
+import contextlib
+import importlib
 import os
+import re
 import shutil
 
 import numpy as np
@@ -10,9 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmpipe import media, resizing
+from mmpipe import Sample, decoders, media, resizing
+from mmpipe.build import Preparation, _preparation
+from mmpipe.decoders import Decoders
+from mmpipe.encoders import BuiltEncoder
 from mmpipe.encoders.image import ResizeCrop, lent
-from mmpipe.graphs.backends import Unlowerable
+from mmpipe.graphs.backends import Unlowerable, compiler
 from mmpipe.resizing import Resized, _Resizing
 
 compiles = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs GCC")
@@ -69,9 +75,13 @@ CROPS = st.builds(
 def test_its_bits_are_pillow_s(folder, width, height, crop, hard):
     resizing.load(folder)  # the process' own: a fixture would be one for all examples
     assume(resizing.why_not() == "")
-    size = crop._resized(width, height)
-    assume(min(size) > 0 and size[0] * size[1] < 500_000)
-    assert same(crop, noise(width, height, width + height, hard))
+    size, picture = crop._resized(width, height), noise(width, height, width + height, hard)
+    assume(size[0] * size[1] < 500_000)
+    if min(size) == 0:
+        with pytest.raises(ValueError, match="height and width must be > 0"):
+            Resized(crop)(picture)
+    else:
+        assert same(crop, picture)
 
 
 @compiles
@@ -137,6 +147,13 @@ def test_where_pillow_s_bits_are_others_pillow_resizes(folder, state, monkeypatc
     assert same(ResizeCrop(32, 32), noise(300, 200))
 
 
+@pytest.mark.skipif(resizing.platform.system() != "Linux", reason="native code is for Linux")
+def test_nowhere_to_compile_is_no_error(state, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path / "missing"))
+    resizing.load(None)
+    assert "could not compile" in resizing.why_not()
+
+
 def test_without_a_compiler_pillow_resizes_and_it_is_tried_once(state, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     resizing._name.cache_clear()
@@ -148,17 +165,21 @@ def test_without_a_compiler_pillow_resizes_and_it_is_tried_once(state, monkeypat
     assert same(ResizeCrop(32, 32), noise(90, 70))
 
 
+def job(medium, count):
+    return [Sample(str(number), {"image": medium} if number % 2 else {"text": "none"}) for number in range(count)]
+
+
 @compiles
 def test_only_a_job_that_wins_it_back_waits_for_the_compiler(state, tmp_path):
     picture = noise(1200, 1000)
     place = tmp_path / "compiled"
-    resizing.settle(place, [picture] * 100, media.Limits(), 2)
-    assert resizing.why_not() == "these 100 pictures would save 0.5 s, compiling takes 1.5 s, once"
+    resizing.settle(place, job(picture, 200), media.Limits(), 2)
+    assert re.fullmatch(r"these 200 samples would save 0\.[456] s, compiling takes 1\.5 s, once", resizing.why_not())
     assert not place.exists()
     resizing.settle(place, [], media.Limits(), 2)
-    resizing.settle(place, [tmp_path / "missing.jpg"] * 10_000, media.Limits(), 2)
+    resizing.settle(place, job(tmp_path / "missing.jpg", 10_000), media.Limits(), 2)
     assert not place.exists()
-    resizing.settle(place, [picture] * 1000, media.Limits(), 2)
+    resizing.settle(place, job(picture, 2000), media.Limits(), 2)
     assert resizing.why_not() == ""
     assert len(list(place.iterdir())) == 1
 
@@ -172,3 +193,55 @@ def test_what_is_kept_is_taken_by_any_job(native, folder, monkeypatch):
     assert fresh.library is None
     resizing.take(folder)
     assert fresh.library is not None
+    assert fresh.content == native.content
+
+
+@compiles
+def test_what_was_touched_is_not_taken_nor_made_anew_by_a_short_job(native, state, folder, tmp_path, monkeypatch):
+    place = tmp_path / "compiled"
+    shutil.copytree(folder, place)
+    place.chmod(0o700)
+    (kept,) = place.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    fresh = _Resizing()
+    monkeypatch.setattr(resizing, "_state", fresh)
+    monkeypatch.setattr(resizing, "compiled", lambda *_: pytest.fail("compiled"))
+    resizing.take(place)
+    assert (fresh.library, fresh.failed) == (None, False)
+
+
+@compiles
+@pytest.mark.skipif(not decoders.available(), reason="needs Linux")
+def test_processes_that_decode_have_it_from_this_one(native, tmp_path, monkeypatch):
+    """Whatever folder there is: what is sent is the library itself."""
+    noise(300, 200).save(tmp_path / "a.png")
+    (tmp_path / "resized.py").write_text(
+        "from mmpipe import resizing\n"
+        "class Told(resizing.Resized):\n"
+        "    def __call__(self, image):\n"
+        "        assert resizing.why_not() == '', resizing.why_not()\n"
+        "        return super().__call__(image)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    told = importlib.import_module("resized").Told(ResizeCrop(32, 32))
+    preparation = Preparation("image", 1, told, None, {}, ())
+    found = []
+    with contextlib.closing(Decoders({"image": preparation}, media.Limits(), 1, patient=True)) as made:
+        assert made.decode("image", tmp_path / "a.png", lambda rows: found.append(rows["pixels"].clone()))
+    assert torch.equal(found[0], told.crop(noise(300, 200))["pixels"])
+
+
+@compiles
+def test_an_encoder_that_prepares_otherwise_is_left_alone():
+    class Inverted(BuiltEncoder):
+        def prepare(self, media):
+            return {"pixels": 255 - super().prepare(media)["pixels"]}
+
+    for kind, native in ((BuiltEncoder, True), (Inverted, False)):
+        crop = ResizeCrop(8, 8)
+        made = kind(
+            modality="image", dim=3, module=torch.nn.Identity(), prepare=crop, example=noise(9, 9), preprocessing={}
+        )
+        preparation = _preparation(made, {}, fast=False)
+        assert isinstance(preparation.prepare, Resized) == native
+        assert torch.equal(preparation.prepare(noise(9, 9))["pixels"], made.prepare(noise(9, 9))["pixels"])

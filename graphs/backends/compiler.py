@@ -29,26 +29,28 @@ def compiled(sources: Sequence[Path], flags: Sequence[str]) -> bytes:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0] if compiler.split() else "") is None:
         raise Unlowerable(f"native code needs GCC once, and there is no {compiler} here: install one, or set CXX")
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place) / "native.so"
-        command = [*compiler.split(), *_FLAGS, *flags, "-o", str(made), *map(str, sources)]
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            made = Path(place) / "native.so"
+            command = [*compiler.split(), *_FLAGS, *flags, "-o", str(made), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unlowerable(f"{compiler} could not compile native code: {error}") from error
-        if done.returncode or not made.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-            raise Unlowerable(f"{compiler} could not compile native code: {lines[0]}")
-        return made.read_bytes()
+            if done.returncode == 0:
+                return made.read_bytes()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unlowerable(f"{compiler} could not compile native code: {error}") from error
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
+    raise Unlowerable(f"{compiler} could not compile native code: {lines[0]}")
 
 
 def loaded(content: bytes) -> ctypes.CDLL:
     """From memory: what is loaded is what was verified, whatever happens to a file. Raises Unlowerable."""
-    handle = os.memfd_create("mmpipe-native")  # stays open: the loader takes a path it has seen for what it loaded then
+    handle = -1
     try:
+        handle = os.memfd_create("mmpipe-native")
         with open(handle, "wb", closefd=False) as file:
             file.write(content)
-        return ctypes.CDLL(f"/proc/self/fd/{handle}")
+        return ctypes.CDLL(f"/proc/self/fd/{handle}")  # stays open: a path that was seen is what was loaded then
     except OSError as error:
-        os.close(handle)
+        if handle >= 0:
+            os.close(handle)
         raise Unlowerable(f"native code can't be loaded: {error}") from error

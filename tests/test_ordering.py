@@ -26,6 +26,7 @@ ALLOWED = {
     ("mmpipe/cache/store.py", "threading"): "a lock: decoders look up at once",
     ("mmpipe/cache/disk.py", "threading"): "a lock: decoders share one connection",
     ("graphs/backends/kernels.py", "threading"): "a lock: one thread compiles and loads, others wait for it",
+    ("mmpipe/resizing.py", "threading"): "a lock, for the same",
     ("graphs/backends/openvino.py", "threading"): "a request for each thread that calls: they must not share memory",
     ("graphs/backends/tensorrt.py", "torch.cuda"): "asks whether there is a GPU; runs in the stream that is current",
     ("graphs/backends/tensorrt.py", "device="): "a context's own workspace and results, as a library's are its own",

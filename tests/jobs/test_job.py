@@ -174,9 +174,10 @@ def test_a_model_that_fails_ends_the_job_names_the_segment_and_keeps_whole_shard
     with pytest.raises(MmpipeError, match=r"segment text@0 failed: IndexError: index out of range") as caught:
         plain.run_folder(folder, tmp_path / "out")
     assert caught.value.exit_code == 1
-    assert len(rows(tmp_path / "out")) == 32
+    kept = len(rows(tmp_path / "out"))
+    assert kept in (16, 32)  # the third shard is computed beside the second, and may fail before that is written
     run = run_json(tmp_path / "out")
-    assert run["rows"] == 32
+    assert run["rows"] == kept
     assert "segment text@0" in run["stopped"]
     assert run["interrupted"] is False
     assert (tmp_path / "out/report.html").is_file()

@@ -92,6 +92,8 @@ def test_it_is_measured_for_real_and_an_odd_row_is_passed_over(pipeline, samples
     assert set(made) == set(ENCODERS)
     real = parity.real_rows(samples, pipeline.built.preparations, pipeline.limits)
     real["image.photo"][1] = torch.zeros(3)
+    (segment,) = (one for one in made["image"] if "image.photo" in one.inputs)
+    assert parity.bucket(pipeline.plan, segment, 8, real)[1] == 3
     found = number_types.faster(pipeline.plan, made, 1, real)
     assert len(found) == sum(map(len, made.values()))
     assert {dtype for _, dtype in found} <= {"float32", "bfloat16"}

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import sys
-from pathlib import Path
 
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from support import examples
 
 
 @pytest.fixture(scope="module")
 def digits():
     before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLES / "digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield examples.load("digits")
     sys.path[:] = before
     sys.modules.pop("voices", None)
 

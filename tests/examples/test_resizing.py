@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-from support import shop
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from support import examples, shop
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("resizing_example", EXAMPLES / "resizing.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return examples.load("resizing")
 
 
 def test_it_tells_of_each_way(example, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     done = example.main([str(shop.media(tmp_path / "media", 4)), "--rounds", "2", "--n", "3", "--side", "24"])
     told = capsys.readouterr().out
-    if done:
-        assert told.startswith("Pillow resizes here: ")
+    if why := example.resizing.why_not():
+        assert (done, told) == (1, f"Pillow resizes here: {why}\n")
         return
+    assert done == 0
     assert [line.split()[0] for line in told.splitlines()[1:]] == ["Pillow", "native", "torch"]
 
 

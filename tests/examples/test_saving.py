@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from support import examples
 
 from mmpipe import Pipeline, configs
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = Path(configs.__file__).parent / "quickstart"
 
 
 @pytest.fixture(scope="module")
 def saving():
-    spec = importlib.util.spec_from_file_location("saving_example", EXAMPLES / "saving.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return examples.load("saving")
 
 
 def test_the_table_pairs_rounds_and_counts_what_differs(saving):

@@ -71,7 +71,7 @@ void one_down(const uint8_t *from, long stride, const int32_t *factors, long cou
     }
 }
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(WITHOUT_AVX2)
 #define AVX2 __attribute__((target("avx2")))
 
 AVX2 inline __m256i eight(const uint8_t *at) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)); }

@@ -12,16 +12,21 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import hub
 
-from mmpipe import Sample, decoders, media, resizing
+from mmpipe import Pipeline, Sample, decoders, media, resizing
 from mmpipe.build import Preparation, _preparation
 from mmpipe.decoders import Decoders
 from mmpipe.encoders import BuiltEncoder
 from mmpipe.encoders.image import ResizeCrop, lent
+from mmpipe.explain import collect
 from mmpipe.graphs.backends import Unlowerable, compiler
 from mmpipe.resizing import Resized, _Resizing
 
-compiles = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs GCC")
+compiles = pytest.mark.skipif(
+    resizing.platform.system() != "Linux" or shutil.which(os.environ.get("CXX", "g++")) is None,
+    reason="needs Linux and GCC",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +46,6 @@ def state(monkeypatch):
 @pytest.fixture
 def native(folder, state):
     resizing.load(folder)
-    if resizing.why_not().startswith("g++ could not compile"):
-        pytest.skip(resizing.why_not())
     assert resizing.why_not() == ""
     return state
 
@@ -74,7 +77,7 @@ CROPS = st.builds(
 @given(width=SIDES, height=SIDES, crop=CROPS, hard=st.booleans())
 def test_its_bits_are_pillow_s(folder, width, height, crop, hard):
     resizing.load(folder)  # the process' own: a fixture would be one for all examples
-    assume(resizing.why_not() == "")
+    assert resizing.why_not() == ""
     size, picture = crop._resized(width, height), noise(width, height, width + height, hard)
     assume(size[0] * size[1] < 500_000)
     if min(size) == 0:
@@ -102,6 +105,17 @@ def test_pictures_of_every_kind(native, size):
     assert same(ResizeCrop(224, 224), picture)
     assert same(ResizeCrop(224, 224, "longest", resample="bilinear"), picture)
     assert np.array_equal(np.asarray(picture), np.asarray(noise(*size)))  # Pillow's own bytes are not written to
+
+
+@compiles
+@pytest.mark.parametrize("flags", [(), ("-DWITHOUT_AVX2",)])
+def test_processors_without_these_vectors_give_the_same_bits(state, flags):
+    content = compiler.compiled([resizing._SOURCE], [*resizing._FLAGS, *flags])
+    resizing.adopt(lambda: content)
+    assert resizing.why_not() == ""
+    for size in ((301, 203), (97, 411), (40, 40), (7, 90)):
+        assert same(ResizeCrop(33, 47, "squash"), noise(*size, hard=size[0] == 97))
+        assert same(ResizeCrop(33, 33, "longest", resample="bilinear"), noise(*size))
 
 
 @compiles
@@ -245,3 +259,29 @@ def test_an_encoder_that_prepares_otherwise_is_left_alone():
         preparation = _preparation(made, {}, fast=False)
         assert isinstance(preparation.prepare, Resized) == native
         assert torch.equal(preparation.prepare(noise(9, 9))["pixels"], made.prepare(noise(9, 9))["pixels"])
+
+
+@compiles
+def test_rows_are_the_same_before_and_after_and_explain_knows(state, cache, tmp_path, monkeypatch):
+    (folder := tmp_path / "media").mkdir()
+    (tmp_path / "models").mkdir()
+    model = hub.section(hub.Models(tmp_path / "models"), "open_clip")
+    config = {"task": "embed", "encoders": {"image": model}, "runtime": {"cache": "off", "batch_size": 4}}
+    for number in range(6):
+        noise(200 + 40 * number, 150).save(folder / f"{number}.png")
+    with Pipeline.load(config) as pipeline:
+        samples = list(pipeline.find(folder).samples)
+        before = pipeline.embed(samples)
+        whats = [one["what"] for one in collect.explain(pipeline, samples)["not_taken"]]
+        assert "pictures resized by native code" in whats
+    monkeypatch.setattr(resizing, "_SAVED_S", 1.0)  # a long job
+    with Pipeline.load(config) as pipeline:
+        pipeline.settle(samples)
+        assert resizing.why_not() == ""
+        assert np.array_equal(pipeline.embed(samples), before)
+        whats = [one["what"] for one in collect.explain(pipeline, samples)["not_taken"]]
+        assert "pictures resized by native code" not in whats
+    monkeypatch.setattr(resizing, "_state", _Resizing())
+    monkeypatch.setattr(resizing, "compiled", lambda *_: pytest.fail("compiled again"))
+    with Pipeline.load(config):  # a short job, later
+        assert resizing.why_not() == ""

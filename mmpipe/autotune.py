@@ -102,8 +102,8 @@ def autotune(
                 won.append((module, rows, threads, winner))
     if pipeline.runners.resizes:
         resizing.load(compiled_folder())
-        why = resizing.why_not()
-        say(f"pictures are resized by {f'Pillow: {why}' if why else 'native code, to the same bits'}")
+        without = resizing.why_not()
+        say(f"pictures are resized by {f'Pillow: {without}' if without else 'native code, to the same bits'}")
     try:
         kept = Tuned().keep(won)
         why = "the cache is off (MMPIPE_CACHE)"

@@ -287,7 +287,10 @@ class Pipeline:
 
     def fingerprints(self, samples: Sequence[Sample]) -> dict[str, str]:
         """Hashes of the model, of its numerics, and of a job over these samples."""
-        return fingerprints(self.config, self._built, self.resolved, self.plan, samples)
+        found = fingerprints(self.config, self._built, self.resolved, self.plan, samples)
+        with self._lock:
+            self.runners.give_back_weights("batch")
+        return found
 
     def find(self, folder: str | Path | None = None) -> media.Listing:
         """The samples of `folder`, or of the configuration's input. Opens no medium."""

@@ -37,6 +37,7 @@ class Recalling:
         if kind not in self._forms or self._forms[kind][0] is not plan:
             resolved, modules = self.runners.resolved(kind), self.runners.cut.modules
             self._forms[kind] = plan, forms(self.built, resolved, plan, modules, self.limits)
+            self.runners.give_back_weights(kind)
         return self._forms[kind][1]
 
     def close(self) -> None:

@@ -22,10 +22,11 @@ from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan, Segment
 from mmpipe.lowering import Lowering
+from mmpipe.mapped import give_back
 from mmpipe.observing import Observers
 from mmpipe.parity import ROWS, Shift, compare, real_rows
 from mmpipe.placing import resolve
-from mmpipe.resolved import Kind, Resolved, placed
+from mmpipe.resolved import PLAIN, Kind, Resolved, placed
 from mmpipe.runtime.device import Device
 from mmpipe.runtime.executor import Executor, threads_of
 from mmpipe.runtime.lanes import Watch
@@ -212,8 +213,22 @@ class Runners:
         if kind not in self._executors:
             watches, modules = self.observers.watches(self.graph, self.cut)
             self._executors[kind] = self._bound(plan, modules, self.resolved(kind), None, watches)
+            self.give_back_weights(kind)
         self._executors[kind].gate = self._gate(exits)
         return self._executors[kind]
+
+    def give_back_weights(self, kind: Kind) -> None:
+        """Where a segment computes with weights packed otherwise, or on a GPU, the graph's own need no memory: to be
+        called when they have been read."""
+        choices = self.resolved(kind).segments
+        lowered = {s.name: choices.get(s.name, PLAIN) for s in self.cut.plan.segments}
+        names = [
+            name
+            for name, choice in lowered.items()
+            if self.device.kind != "cpu" or choice.dtype != "float32" or choice.backend not in OPERATION_BY_OPERATION
+        ]
+        modules = [self.cut.modules[name] for name in names]
+        give_back(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
     def count(self, outcome: Outcome) -> None:
         """Remember where samples left: the rates decide what is fast."""

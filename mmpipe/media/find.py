@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from mmpipe.errors import InputError
-from mmpipe.media.manifest import Row, read_manifest
+from mmpipe.media.manifest import read_manifest
 from mmpipe.media.pattern import Matcher
+from mmpipe.media.rows import Place, Rows, place, whole
 from mmpipe.media.walk import printable, walk
 from mmpipe.types import MODALITIES, Sample
 
@@ -30,12 +31,12 @@ _NAMED_FILES = 5  # how many an error names before it only counts
 
 
 class Samples(Sequence[Sample]):
-    """The samples, each made when it is asked for: a listing of a million files holds their names and no more."""
+    """The samples, each made when it is asked for: a listing of a million files holds their packed names, no more."""
 
     def __init__(
         self,
         root: Path,
-        rows: Sequence[Row],
+        rows: Rows,
         modalities: Sequence[str],
         keep: Sequence[str] = (),
         *,
@@ -149,15 +150,21 @@ class _Groups:
     def __init__(self, root: Path, modalities: tuple[str, ...]) -> None:
         self.root, self.modalities = root, modalities
         self.unmatched: list[tuple[str, str]] = []
-        self.items: dict[str, list[list[str]]] = {}  # id → the paths of each modality
+        self._none: tuple[Place, ...] = (None,) * len(modalities)
+        # id → where its files are; items whose files are called alike share one tuple, so that many take little
+        self._items: dict[str, tuple[Place, ...]] = {}
+        self._alike: dict[tuple[Place, ...], tuple[Place, ...]] = {}
+        self._more: dict[tuple[str, str], list[str]] = {}  # (id, modality) → paths beyond the first
 
     def add(self, item_id: str, modality: str, path: str) -> None:
         if not item_id.isascii():
             item_id = unicodedata.normalize("NFC", printable(item_id))
-        item = self.items.get(item_id)
-        if item is None:
-            item = self.items[item_id] = [[] for _ in self.modalities]
-        item[self.modalities.index(modality)].append(path)
+        number, item = self.modalities.index(modality), self._items.get(item_id, self._none)
+        if item[number] is not None:
+            self._more.setdefault((item_id, modality), []).append(path)
+            return
+        item = (*item[:number], place(path, item_id), *item[number + 1 :])
+        self._items[item_id] = item if any(isinstance(one, str) for one in item) else self._alike.setdefault(item, item)
 
     def add_by_name(self, *, whole_folder: bool) -> None:
         for parent, name in walk(self.root, self.unmatched):
@@ -193,17 +200,18 @@ class _Groups:
     def leave(self, path: str, reason: str) -> None:
         self.unmatched.append((printable(path), printable(reason)))
 
-    def rows(self, multiple: str) -> list[Row]:
+    def rows(self, multiple: str) -> Rows:
         """One row for each id, in order: code points compare as their UTF-8 bytes do."""
-        rows: list[Row] = []
+        rows = Rows()
         ambiguous: list[tuple[str, str, list[str]]] = []
-        for item_id in sorted(self.items):
-            values: list[str | None] = []
-            for modality, paths in zip(self.modalities, self.items[item_id], strict=True):
-                if len(paths) > 1:
-                    paths.sort(key=os.fsencode)
+        for item_id in sorted(self._items):
+            values = [whole(where, item_id) for where in self._items[item_id]]
+            for number, modality in enumerate(self.modalities if self._more else ()):
+                first = values[number]
+                if first is not None and (more := self._more.get((item_id, modality))):
+                    paths = sorted([first, *more], key=os.fsencode)
                     ambiguous.append((item_id, modality, paths))
-                values.append(paths[0] if paths else None)
+                    values[number] = paths[0]
             rows.append((item_id, tuple(values), ()))
         if ambiguous and multiple == "error":
             raise InputError(_ambiguous(ambiguous))
@@ -213,8 +221,8 @@ class _Groups:
         return rows
 
 
-def _count(rows: Sequence[Row], modalities: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-    sets = Counter(tuple(value is not None for value in values) for _, values, _ in rows)
+def _count(rows: Rows, modalities: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    sets = rows.present()
     counts = {modality: sum(n for has, n in sets.items() if has[i]) for i, modality in enumerate(modalities)}
     named = {"+".join(m for m, h in zip(modalities, has, strict=True) if h): n for has, n in sets.items()}
     return counts, dict(sorted(named.items(), key=lambda pair: (-pair[1], pair[0])))

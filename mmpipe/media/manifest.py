@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mmpipe.errors import InputError
+from mmpipe.media.rows import Row, Rows
 
-Row = tuple[str, tuple[str | None, ...], tuple[Any, ...]]  # id, one value for each modality, one for each kept column
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 _FIELD_LIMIT_BYTES = 1 << 28  # the csv module's own limit, 128 KiB, is less than a long text
@@ -23,7 +24,7 @@ class Manifest:
     """`rows` in the file's order; `keep_types`: the Arrow type of each kept column, in `keep`'s order; `places`: id →
     its line in the file (Parquet: its row), from 1."""
 
-    rows: list[Row]
+    rows: Rows
     keep_types: Mapping[str, Any]
     places: Mapping[str, int]
 
@@ -164,7 +165,7 @@ def _read_csv(path: Path, wanted: _Wanted) -> Manifest:
 
 
 def _csv_rows(name: str, reader: Any, header: list[str], wanted: _Wanted) -> Manifest:
-    rows: list[Row] = []
+    rows = Rows()
     places: dict[str, int] = {}
     has_id, line = wanted.column_of["id"] in header, reader.line_num + 1
     for cells in reader:
@@ -184,7 +185,7 @@ def _csv_rows(name: str, reader: Any, header: list[str], wanted: _Wanted) -> Man
 
 def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
     needed = {*wanted.column_of.values(), *wanted.keep}
-    objects: list[tuple[int, dict[str, Any]]] = []
+    objects: list[bytes] = []  # packed: which columns there are is known at the end, and a dict for each line is large
     seen: dict[str, None] = {}
     for number, line in _lines(path):
         if not line.strip():
@@ -197,14 +198,14 @@ def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
         if not isinstance(value, dict):
             raise InputError(f"{path.name}:{number}: {_kind(value)}, where each line is one JSON object")
         seen.update(dict.fromkeys(value))
-        objects.append((number, {key: value[key] for key in needed if key in value}))
+        objects.append(pickle.dumps((number, {key: value[key] for key in needed if key in value})))
     if not objects:
         raise InputError(f"{path.name}: the file is empty: each line is one JSON object")
     wanted.check(tuple(seen))
     has_id = wanted.column_of["id"] in seen
-    rows: list[Row] = []
+    rows = Rows()
     places: dict[str, int] = {}
-    for number, cells in objects:
+    for number, cells in map(pickle.loads, objects):
         where = f"{path.name}:{number}"
         row = wanted.row(len(rows) + 1, where, cells, has_id)
         _distinct(places, row[0], number, where, "line")
@@ -212,7 +213,7 @@ def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
     return Manifest(rows, _keep_types(path.name, rows, wanted.keep), places)
 
 
-def _keep_types(name: str, rows: list[Row], keep: Sequence[str], *, all_text: bool = False) -> dict[str, Any]:
+def _keep_types(name: str, rows: Rows, keep: Sequence[str], *, all_text: bool = False) -> dict[str, Any]:
     """One Arrow type for each kept column, so that every shard of the output has the same."""
     if not keep:
         return {}
@@ -257,7 +258,7 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Manifest:
     def refuse(error: Exception) -> NoReturn:
         raise InputError(f"{path.name}: not a Parquet file that can be read: {error}") from error
 
-    rows: list[Row] = []
+    rows = Rows()
     places: dict[str, int] = {}
     try:
         with pq.ParquetFile(path) as file:

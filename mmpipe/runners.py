@@ -21,6 +21,7 @@ from mmpipe.graphs.backends import OPERATION_BY_OPERATION, Target, lower
 from mmpipe.graphs.cut import Cut, cut
 from mmpipe.graphs.fuse import FusedGraph
 from mmpipe.graphs.plan import Plan, Segment
+from mmpipe.loading import give_back_freed_memory
 from mmpipe.lowering import Lowering
 from mmpipe.mapped import give_back
 from mmpipe.observing import Observers
@@ -134,6 +135,7 @@ class Runners:
                 workers = resolved.processes * resolved.decode_workers
                 resizing.settle(compiled_folder(), samples, limits, workers)
         self.prove("batch", samples, limits)
+        give_back_freed_memory()  # of what was measured and not taken, and of the gate
         self.executor("batch", True)
 
     def _measure_types(self, samples: Sequence[Sample], limits: media.Limits) -> None:

@@ -22,28 +22,35 @@ _PRESENT, _SWAPPED, _FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 def give_back(tensors: Iterable[Tensor]) -> int:
     """Give back what lies in mapped files of the storages of `tensors`, as far as nobody has written there: such pages
-    are the process's own. Returns bytes [0 where the system does not tell which pages those are].
+    are the process's own. Returns bytes that are no longer in its memory [0 where the system does not tell which pages
+    are whose].
 
     Nobody may be writing to the tensors meanwhile.
     """
-    storages = {}
-    for tensor in tensors:
-        plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
-        if plain and (storage := tensor.untyped_storage()).nbytes() >= _LEAST_BYTES:
-            storages[storage.data_ptr()] = storage.nbytes()
-    given = 0
-    with contextlib.suppress(OSError, AttributeError):
+    storages, given = dict(filter(None, map(_storage, tensors))), 0
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         libc = ctypes.CDLL(None, use_errno=True)
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            for address, size in storages.items():
-                first, last = -(-address // mmap.PAGESIZE), (address + size) // mmap.PAGESIZE
-                pagemap.seek(first * _ENTRY.itemsize)
-                pages = np.frombuffer(pagemap.read((last - first) * _ENTRY.itemsize), _ENTRY)
-                for start, stop in _clean(pages):
-                    where = ctypes.c_void_p((first + start) * mmap.PAGESIZE)
-                    if libc.madvise(where, ctypes.c_size_t((stop - start) * mmap.PAGESIZE), mmap.MADV_DONTNEED) == 0:
-                        given += int(np.count_nonzero(pages[start:stop] & _PRESENT)) * mmap.PAGESIZE
+        for address, size in storages.items():
+            first, last = -(-address // mmap.PAGESIZE), (address + size) // mmap.PAGESIZE
+            pagemap.seek(first * _ENTRY.itemsize)
+            pages = np.frombuffer(pagemap.read((last - first) * _ENTRY.itemsize), _ENTRY)
+            for start, stop in _clean(pages):
+                where = ctypes.c_void_p((first + start) * mmap.PAGESIZE)
+                if libc.madvise(where, ctypes.c_size_t((stop - start) * mmap.PAGESIZE), mmap.MADV_DONTNEED) == 0:
+                    given += int(np.count_nonzero(pages[start:stop] & _PRESENT)) * mmap.PAGESIZE
     return given
+
+
+def _storage(tensor: Tensor) -> tuple[int, int] | None:
+    """(address, bytes) of a storage in the host's memory that is worth a look."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return None
+    try:
+        storage = tensor.untyped_storage()
+        found = storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, ValueError, NotImplementedError):  # a tensor that stands for others, or is not made yet
+        return None
+    return found if found[1] >= _LEAST_BYTES else None
 
 
 def _clean(pages: np.ndarray) -> list[tuple[int, int]]:

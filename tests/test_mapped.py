@@ -59,6 +59,16 @@ def test_memory_that_is_no_file_stays():
     assert bool((anonymous == 3).all())
 
 
+def test_what_has_no_memory_of_its_own_is_passed_over():
+    class Stands(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, *rest):
+            raise NotImplementedError
+
+    stands = torch.Tensor._make_wrapper_subclass(Stands, (1 << 20,))
+    assert give_back([stands, torch.nn.LazyLinear(5).weight, torch.empty(0)]) == 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_pipeline_keeps_the_form_that_it_computes_with(dtype):
     """Fingerprints, which read every weight, too."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +183,31 @@ def _csv_rows(name: str, reader: Any, header: list[str], wanted: _Wanted) -> Man
 
 
 def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
-    needed = {*wanted.column_of.values(), *wanted.keep}
-    objects: list[bytes] = []  # packed: which columns there are is known at the end, and a dict for each line is large
+    """Twice: which columns there are is known at the end, and all lines as objects would take many times the file."""
     seen: dict[str, None] = {}
+    empty = True
+    for _, cells in _objects(path):
+        seen.update(dict.fromkeys(cells))
+        empty = False
+    if empty:
+        raise InputError(f"{path.name}: the file is empty: each line is one JSON object")
+    wanted.check(tuple(seen))
+    has_id = wanted.column_of["id"] in seen
+    rows = Rows()
+    places: dict[str, int] = {}
+    for number, cells in _objects(path):
+        where = f"{path.name}:{number}"
+        row = wanted.row(len(rows) + 1, where, cells, has_id)
+        _distinct(places, row[0], number, where, "line")
+        try:
+            rows.append(row)
+        except RecursionError as error:
+            raise InputError(f"{where}: a column that is kept holds lists in lists beyond all measure") from error
+    return Manifest(rows, _keep_types(path.name, rows, wanted.keep), places)
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, content) of each line that is not blank."""
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -197,20 +218,7 @@ def _read_jsonl(path: Path, wanted: _Wanted) -> Manifest:
             raise InputError(f"{path.name}:{number}: not JSON: {reason}") from error
         if not isinstance(value, dict):
             raise InputError(f"{path.name}:{number}: {_kind(value)}, where each line is one JSON object")
-        seen.update(dict.fromkeys(value))
-        objects.append(pickle.dumps((number, {key: value[key] for key in needed if key in value})))
-    if not objects:
-        raise InputError(f"{path.name}: the file is empty: each line is one JSON object")
-    wanted.check(tuple(seen))
-    has_id = wanted.column_of["id"] in seen
-    rows = Rows()
-    places: dict[str, int] = {}
-    for number, cells in map(pickle.loads, objects):
-        where = f"{path.name}:{number}"
-        row = wanted.row(len(rows) + 1, where, cells, has_id)
-        _distinct(places, row[0], number, where, "line")
-        rows.append(row)
-    return Manifest(rows, _keep_types(path.name, rows, wanted.keep), places)
+        yield number, value
 
 
 def _keep_types(name: str, rows: Rows, keep: Sequence[str], *, all_text: bool = False) -> dict[str, Any]:
@@ -219,11 +227,14 @@ def _keep_types(name: str, rows: Rows, keep: Sequence[str], *, all_text: bool = 
         return {}
     import pyarrow as pa
 
+    if all_text:
+        return dict.fromkeys(keep, pa.string())
     types: dict[str, Any] = {}
-    for position, column in enumerate(keep):
+    columns = zip(*(kept for _, _, kept in rows), strict=True)  # all at once: to unpack a row takes a while
+    for column, values in zip(keep, columns, strict=True):
         try:
-            types[column] = pa.string() if all_text else pa.array([row[2][position] for row in rows]).type
-        except (pa.ArrowException, OverflowError, UnicodeError) as error:
+            types[column] = pa.array(values).type
+        except (pa.ArrowException, OverflowError, UnicodeError, RecursionError) as error:
             raise InputError(
                 f"{name}: column '{column}' can't be kept, its values have no common type: {error}"
             ) from error

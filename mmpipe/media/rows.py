@@ -1,4 +1,4 @@
-"""The rows of a listing, packed: tens of bytes each where Python's objects would take hundreds.
+"""The rows of a listing, packed: names of files take tens of bytes where Python's objects would take hundreds.
 
 They also lie apart from all that a forked process counts references in, so that it shares their pages instead of
 copying them.
@@ -65,6 +65,10 @@ class Rows(Sequence[Row]):
         shape, next_own = self._known[self._shape_of[number]], iter(own)
         values = tuple(next(next_own) if where == _GIVEN else whole(where, row_id) for where in shape)
         return row_id, values, tuple(next_own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is sent elsewhere of a slice are its own rows."""
+        return Rows, (list(self),)
 
     def present(self) -> Counter[tuple[bool, ...]]:
         """How many rows have each set of values."""

@@ -130,6 +130,19 @@ def test_kept_values_without_a_common_type(tmp_path: Path) -> None:
     assert listing.keep_types == {"size": pa.float64()}
 
 
+@pytest.mark.parametrize("depth", [300, 700, 2000])
+def test_what_is_nested_deeply_is_no_text_and_may_not_be_kept(tmp_path: Path, depth: int) -> None:
+    """However deep Python can read, keep or write it: the line is told, or the column."""
+    line = f'{{"text": "a", "deep": {"[" * depth}{"]" * depth}}}'
+    with pytest.raises(InputError, match=r"items\.jsonl:1: "):
+        manifest(tmp_path, line, "items.jsonl", columns={"text": "deep"})
+    if depth > 500:
+        with pytest.raises(InputError, match=r"items\.jsonl:1: |column 'deep'"):
+            manifest(tmp_path, line, "items.jsonl", keep=["deep"])
+    if depth < 900:
+        assert len(manifest(tmp_path, line, "items.jsonl").samples) == 1
+
+
 @pytest.mark.parametrize("value", ["{}", "[{}]", '{"a": [{}]}'])
 def test_objects_without_keys_can_not_be_kept(tmp_path: Path, value: str) -> None:
     with pytest.raises(InputError, match="'m' can't be kept: an object without a key"):

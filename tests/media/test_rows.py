@@ -1,5 +1,6 @@
 """Packed rows: the same rows again, in a fraction of the memory."""
 
+import pickle
 import random
 import tracemalloc
 from datetime import date
@@ -31,6 +32,13 @@ def test_rows_come_back_as_they_were():
         rows[len(ODD)]
     with pytest.raises(IndexError):
         rows[1:3][2]
+
+
+def test_a_slice_that_is_sent_elsewhere_has_its_own_rows_alone():
+    rows = Rows((f"{number}" * 20, (f"{number}.jpg",), ()) for number in range(5000))
+    sent = pickle.dumps(rows[7:9])
+    assert list(pickle.loads(sent)) == list(rows[7:9])
+    assert len(sent) < 1000
 
 
 def test_rows_are_counted_by_what_they_have():

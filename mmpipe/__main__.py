@@ -1,5 +1,5 @@
 """`python -m mmpipe`."""
 
-from mmpipe.cli import main
+from mmpipe.cli import command
 
-main()
+command()

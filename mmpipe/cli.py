@@ -20,7 +20,7 @@ from mmpipe import __version__
 from mmpipe.cli_measuring import autotune, bench, calibrate, explain, fit
 from mmpipe.console import ConfigArgument, InputOption, SetOption, listing_of, load, reporting, results, say, show
 from mmpipe.errors import ConfigError
-from mmpipe.loading import heed_interrupts, keep_freed_memory, leave_garbage_at_exit, use_huge_pages
+from mmpipe.loading import end, heed_interrupts, keep_freed_memory, use_huge_pages
 
 if TYPE_CHECKING:
     from mmpipe.config import Config
@@ -39,11 +39,20 @@ app = typer.Typer(
 )
 
 
+def command() -> None:
+    """The entry point: `main` in a process that is its own, and ends with it."""
+    try:
+        main()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        end(ended.code or 0)
+
+
 def main() -> None:
-    """Entry point: errors become one message and an exit code, never a traceback."""
+    """Errors become one message and an exit code, never a traceback. Raises SystemExit."""
     use_huge_pages()
     keep_freed_memory()
-    leave_garbage_at_exit()
     heed_interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that can't show a character shows its number
@@ -52,6 +61,9 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of no file that a command reads or writes, which it tells of itself
+        say(f"mmpipe: {error.filename or 'standard output'}: {error.strerror or error}")
+        sys.exit(1)
 
 
 def _version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -43,12 +44,19 @@ def collector_spared() -> Iterator[None]:
         gc.unfreeze()
 
 
-def leave_garbage_at_exit() -> None:
-    """What is left when the process ends goes with it; looking through it first would take up to a second.
-
-    As `keep_freed_memory` it is the whole process's matter.
-    """
-    atexit.register(gc.freeze)
+def end(code: int) -> NoReturn:
+    """End the process, which is the caller's own, with this exit code: other threads and what is registered with atexit
+    first, as ever, but without taking down a thousand modules and hundreds of megabytes of libraries, which takes half
+    a second and reads pages of theirs that nothing had touched."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except Exception:  # noqa: BLE001 - told as the interpreter tells it: of a closed pipe, or of an exit function
+        sys.exit(code)
+    os._exit(code)
 
 
 def use_huge_pages() -> None:

@@ -174,6 +174,15 @@ def test_a_run_whose_reader_goes_away_ends_as_it_would_have(shop, here, monkeypa
         assert "Broken" not in told
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["schema"], ["--help"], ["check", "words.yaml", "--input", "media"]])
+def test_results_that_can_not_be_written_are_told_in_a_line(shop, arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mmpipe", *arguments]
+        done = subprocess.run(command, cwd=shop, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "mmpipe: standard output: No space left on device\n")
+
+
 def test_output_that_can_not_show_a_character_shows_its_number(shop):
     (shop / "wide").mkdir()
     (shop / "wide/größe 靴.txt").write_text("mug")

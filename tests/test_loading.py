@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mmpipe.loading import collector_spared
 
 
@@ -88,3 +90,26 @@ except KeyboardInterrupt:
     assert done.stdout.split("\n")[-2] == "interrupted"
     assert "swallowed" not in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("code", [0, 3, 130])
+def test_a_process_that_ends_at_once_does_what_is_due(code: int) -> None:
+    """Threads, exit functions and what was printed; not the interpreter's own taking down."""
+    run = f"""
+import atexit, sys, threading, time
+from mmpipe.loading import end
+
+class Thing:
+    def __del__(self):
+        print("taken down")
+
+thing = Thing()
+atexit.register(print, "registered")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+print("error", file=sys.stderr)
+print("begun")
+end({code})
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "error\n")
+    assert done.stdout.split() == ["begun", "thread", "registered"]

@@ -54,7 +54,7 @@ def end(code: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-    except Exception:  # noqa: BLE001 - told as the interpreter tells it: of a closed pipe, or of an exit function
+    except (Exception, KeyboardInterrupt):  # noqa: BLE001 - the interpreter tells of it: a closed pipe, say
         sys.exit(code)
     os._exit(code)
 

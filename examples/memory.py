@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 
 LOOK_S = 0.1
@@ -59,7 +59,7 @@ def links(media: Path, folder: Path, items: int) -> None:
     for path in sorted(path for path in media.iterdir() if path.is_file()):
         stems.setdefault(path.stem, []).append(path)
     folder.mkdir(parents=True)
-    for number, paths in zip(count(), islice(cycle(stems.values()), items), strict=False):
+    for number, paths in enumerate(islice(cycle(stems.values()), items)):
         for path in paths:
             os.symlink(path.absolute(), folder / f"item-{number:07d}{path.suffix}")
 

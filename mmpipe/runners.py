@@ -135,7 +135,8 @@ class Runners:
                 workers = resolved.processes * resolved.decode_workers
                 resizing.settle(compiled_folder(), samples, limits, workers)
         self.prove("batch", samples, limits)
-        give_back_freed_memory()  # of what was measured and not taken, and of the gate
+        if "batch" not in self._executors:
+            give_back_freed_memory()  # of what was measured and not taken, and of the gate
         self.executor("batch", True)
 
     def _measure_types(self, samples: Sequence[Sample], limits: media.Limits) -> None:

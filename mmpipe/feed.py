@@ -58,20 +58,19 @@ class Feed:
         self._claims: dict[tuple[str, bytes], _Claim] = {}
         self._keep: dict[tuple[str, int], bytes] = {}  # (branch, row) → what its embedding is to be kept under
         self.values = {value.name: value for value in plan.values}
-        self._sources: list[MediaSource] = []
         self._processes_seconds = 0.0  # spent decoding by processes
+        self.spent: list[float] = []  # seconds of a core for each portion of a source; several threads append
         self.spans: list[Decoding] = []
         self._lock = threading.Lock()
 
     def open(self, branch: str, media: MediaRows) -> MediaSource:
         """The media of one branch, decoded into `media`."""
-        self._sources.append(MediaSource(self, branch, media))
-        return self._sources[-1]
+        return MediaSource(self, branch, media)
 
     @property
     def core_seconds(self) -> float:
         """Spent decoding and preparing, on all workers."""
-        return self._processes_seconds + sum(source.core_seconds for source in self._sources)
+        return self._processes_seconds + sum(self.spent)
 
     def computing(self) -> None:
         """A bucket is about to be computed: what need not be decoded beside it waits."""
@@ -91,7 +90,7 @@ class Feed:
                 return slot
             return self._found(self.recall, branch, row, slot, media)
         except MediaError as error:
-            return error
+            return error.alone()
         finally:
             self.spans.append(Decoding(branch, threading.current_thread().name, began, time.perf_counter()))
 
@@ -175,21 +174,29 @@ class Feed:
 
 
 class MediaSource:
-    """The media of one branch, in the order in which they are asked for."""
+    """The media of one branch, in the order in which they are asked for.
+
+    Neither its feed nor its queue know it: a shard and its samples are gone when its last row is, not when the
+    collector comes, which in a process that has frozen its objects is late.
+    """
 
     def __init__(self, feed: Feed, branch: str, media: MediaRows) -> None:
         self._media = media
-        self._slot_of: dict[int, int] = {}
-        self._started: deque[int] = deque()
+        self._slot_of = slot_of = dict[int, int]()
+        self._started = started = deque[int]()
 
         def load(row: int) -> Found:
-            return feed.load(branch, row, self._slot_of[row], media)
+            return feed.load(branch, row, slot_of[row], media)
 
-        self._queue = feed.ahead.queue(load, self._room)
+        def room(row: int, wait: bool) -> bool:
+            """A slot for a row that is about to begin."""
+            if not wait and not media.has_free():
+                return False
+            slot_of[row] = media.take()
+            started.append(row)
+            return True
 
-    @property
-    def core_seconds(self) -> float:
-        return self._queue.core_seconds
+        self._queue = feed.ahead.queue(load, room, feed.spent)
 
     def put(self, rows: Iterable[int]) -> None:
         """Ask for rows; they are decoded ahead as far as there is room."""
@@ -217,11 +224,3 @@ class MediaSource:
         for row in self._started:
             self._media.release(self._slot_of.pop(row))
         self._started.clear()
-
-    def _room(self, row: int, wait: bool) -> bool:
-        """A slot for a row that is about to begin."""
-        if not wait and not self._media.has_free():
-            return False
-        self._slot_of[row] = self._media.take()
-        self._started.append(row)
-        return True

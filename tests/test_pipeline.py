@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import itertools
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +18,10 @@ from PIL import Image
 from support import shop
 
 import mmpipe
-from mmpipe import Pipeline, Sample
+from mmpipe import Pipeline, Sample, engine
 from mmpipe.graphs.fuse import outputs_of
 from mmpipe.jobs.tally import Tally
+from mmpipe.runtime import executor
 
 ALL_KINDS = [
     {"after": "image.layer1", "threshold": 0.8},
@@ -264,3 +269,50 @@ def test_a_configuration_may_be_a_file(weights, tmp_path):
     with Pipeline.load(path, overrides=["output.top_k=1"]) as made:
         assert len(made(text="tea").top_k) == 1
     assert Path(path).exists()
+
+
+@pytest.mark.parametrize(("schedule", "kept"), [("cascade", "auto"), ("parallel", "off")])
+def test_a_shard_is_gone_once_it_has_been_told_of(weights, media, schedule, kept, cache, monkeypatch):
+    """Without the collector, which comes late to a job: until then its samples and their account would pile up."""
+    made: list[list[weakref.ref[Any]]] = []
+
+    def watched(module, name):
+        found: list[weakref.ref[Any]] = []
+
+        class Watched(getattr(module, name)):
+            def __init__(self, *given, **named):
+                super().__init__(*given, **named)
+                found.append(weakref.ref(self))
+
+        monkeypatch.setattr(module, name, Watched)
+        made.append(found)
+
+    def alive():
+        return [sum(one() is not None for one in found) for found in made]
+
+    def done(samples, predictions, outcome):
+        most.append(max(alive()))
+        (failure,) = outcome.failures[0].values()
+        assert failure.code == "truncated"
+        # else it has the calls that raised it, and what they had in hand: megabytes for a photo
+        assert failure.__traceback__ is failure.__cause__ is failure.__context__ is None
+
+    watched(executor, "Shard")
+    watched(engine, "Feed")
+    most: list[int] = []
+    runtime = {"schedule": schedule, "processes": 1, "batch_size": 4, "cache": kept}
+    photo = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(photo, "PNG")
+    broken = Sample("broken", {"image": photo.getvalue()[:-40], "text": "but it has words"})
+    with Pipeline.load(shop.config(weights, shop.EXITS, runtime=runtime)) as pipeline:
+        samples = list(pipeline.find(media).samples)
+        gc.collect()
+        gc.disable()
+        try:
+            pipeline.run_shards([[broken, *samples[first : first + 5]] for first in range(0, 30, 5)], done)
+            left = alive()
+        finally:
+            gc.enable()
+    assert [len(found) for found in made] == [6, 6]
+    assert max(most) <= 3  # told of, on its way, and the last one told of
+    assert left == [0, 0]

@@ -50,13 +50,19 @@ class Ahead:
         self._tasks: deque[_Task] = deque()  # in the order in which they are to begin
         self._loading, self._hungry, self._closing = 0, True, False
 
-    def queue(self, load: Callable[[T], R], room: Callable[[T, bool], bool] = lambda item, wait: True) -> Queue[T, R]:
+    def queue(
+        self,
+        load: Callable[[T], R],
+        room: Callable[[T, bool], bool] = lambda item, wait: True,
+        spent: list[float] | None = None,
+    ) -> Queue[T, R]:
         """load(item) for each item that is put, in order.
 
         `room(item, wait)` is called on the consumer's thread just before an item is started, and says whether it may
-        be; with `wait` it waits until it may, because the consumer needs this very item.
+        be; with `wait` it waits until it may, because the consumer needs this very item. `spent` gets the seconds of a
+        core that each portion took.
         """
-        return Queue(self, load, room)
+        return Queue(self, load, room, spent)
 
     def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
         """Put one item on the threads; they are started with the first."""
@@ -159,8 +165,13 @@ class Here(Ahead):
             future.set_exception(error)
         return future
 
-    def queue(self, load: Callable[[T], R], room: Callable[[T, bool], bool] = lambda item, wait: True) -> Queue[T, R]:
-        return Queue(self, load, room, lazy=True)
+    def queue(
+        self,
+        load: Callable[[T], R],
+        room: Callable[[T, bool], bool] = lambda item, wait: True,
+        spent: list[float] | None = None,
+    ) -> Queue[T, R]:
+        return Queue(self, load, room, spent, lazy=True)
 
 
 class Queue(Generic[T, R]):
@@ -171,7 +182,13 @@ class Queue(Generic[T, R]):
     """
 
     def __init__(
-        self, ahead: Ahead, load: Callable[[T], R], room: Callable[[T, bool], bool], *, lazy: bool = False
+        self,
+        ahead: Ahead,
+        load: Callable[[T], R],
+        room: Callable[[T, bool], bool],
+        spent: list[float] | None = None,
+        *,
+        lazy: bool = False,
     ) -> None:
         self._ahead, self._load, self._room, self._lazy = ahead, load, room, lazy
         self._asked: deque[T] = deque()
@@ -179,12 +196,7 @@ class Queue(Generic[T, R]):
         self._arrived: deque[_Outcome[R]] = deque()  # of what was started first
         self._begun = 0  # items started and not yet consumed
         self._seconds = PORTION_SECONDS  # that an item takes, about
-        self._spent: list[float] = []  # of a core by each portion; several threads append
-
-    @property
-    def core_seconds(self) -> float:
-        """That the threads have computed for it."""
-        return sum(self._spent)
+        self._spent = [] if spent is None else spent
 
     def __len__(self) -> int:
         """Results that are still to come."""

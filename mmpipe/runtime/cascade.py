@@ -9,8 +9,10 @@ The deepest stage of the oldest shard that has a full bucket goes first: its row
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from mmpipe.graphs.plan import HEAD, Segment
 from mmpipe.runtime.lanes import Lane, Rows
@@ -95,7 +97,7 @@ class Cascade(Running):
 
     def finish(self, lane: Lane) -> None:
         super().finish(lane)
-        stage = self.stage_of[lane.number]
+        stage = self.stage_of.pop(lane.number)
         rows = [row for head in stage.heads if head.name in lane.rows for row in lane.rows[head.name].rows]
         stage.gated(rows)
 
@@ -111,8 +113,7 @@ class Passage:
         self.run, self.shard = run, shard
         self.stages: list[Stage] = []
         for number in range(run.plan.stages):
-            earlier = before.stages[number] if before is not None else None
-            self.stages.append(Stage(run, self, number, earlier))
+            self.stages.append(Stage(run, self, number, before))
         self.next_row = 0
 
     def admit(self) -> None:
@@ -135,6 +136,10 @@ class Passage:
         """Whether the first stage has all its rows, and none waits for its decoding to begin."""
         return self.next_row == self.shard.count and self.stages[0].all_begun()
 
+    def has_begun(self, number: int, place: int) -> bool:
+        """Whether all media that one supply of a stage will ever ask for are being decoded, or have been."""
+        return self.complete(number) and self.stages[number].supplies[place].all_begun()
+
     def finished(self) -> bool:
         last = len(self.stages) - 1
         return self.complete(last) and self.stages[last].empty() and not self.run.in_flight(self.shard)
@@ -143,15 +148,16 @@ class Passage:
 class Stage:
     """The rows of one shard that wait for one stage, or are in it."""
 
-    def __init__(self, run: Cascade, passage: Passage, number: int, before: Stage | None) -> None:
-        self.run, self.passage, self.number, self.shard = run, passage, number, passage.shard
+    def __init__(self, run: Cascade, passage: Passage, number: int, before: Passage | None) -> None:
+        self.run, self.number, self.shard = run, number, passage.shard
+        self.passage: Passage = weakref.proxy(passage)  # which has this stage: a shard must not wait for the collector
         self.segments = list(run.plan.stage(number))
         self.heads: Sequence[Segment] = [segment for segment in self.segments if segment.branch == HEAD]
         self.supplies: list[Supply] = []
         for segment in self.segments:
             if segment.branch != HEAD:
-                earlier = None if before is None else before.supplies[len(self.supplies)]
-                self.supplies.append(Supply(run, self, segment, earlier))
+                begun = None if before is None else partial(before.has_begun, number, len(self.supplies))
+                self.supplies.append(Supply(run, self.shard, segment, begun))
         # branches on streams of their own are side by side within one run: it waits for a bucket of each
         (steps,) = (s.steps for s in run.plan.stage_plans if number in s.stages)
         self._together = len({step.stream for step in steps if step.does == "run" and step.branch != HEAD}) > 1

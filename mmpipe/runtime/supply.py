@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mmpipe.errors import MediaError
 from mmpipe.graphs.plan import Segment
 from mmpipe.runtime.lanes import Restored, Rows
-from mmpipe.runtime.shard import Found, Known, Same
+from mmpipe.runtime.shard import Found, Known, Same, Shard
 
 if TYPE_CHECKING:
-    from mmpipe.runtime.cascade import Cascade, Stage
+    from mmpipe.runtime.cascade import Cascade
 
 
 class Supply:
     """Rows to compute wait until they fill a bucket, or no more come; those whose embedding is known wait for company
     too, and those that are like another row until that one has been computed.
 
-    `before`: the same segment's supply of the shard before. It asks first: media are read in the order in which they
-    are asked for, so that a full pool never waits for itself.
+    `before`: whether the shard before has begun with all its media of this segment. It asks first: media are read in
+    the order in which they are asked for, so that a full pool never waits for itself.
     """
 
-    def __init__(self, run: Cascade, stage: Stage, segment: Segment, before: Supply | None) -> None:
-        self.run, self.stage, self.shard, self.segment = run, stage, stage.shard, segment
+    def __init__(self, run: Cascade, shard: Shard, segment: Segment, before: Callable[[], bool] | None) -> None:
+        self.run, self.shard, self.segment = run, shard, segment
         self._before = before
         media = run.executor.media.get(segment.branch) if segment.name in run.feeders else None
         self._source = None if media is None else self.shard.feed.open(segment.branch, media)
@@ -95,7 +95,7 @@ class Supply:
         return bool(self._asked) and not full
 
     def _ask(self) -> None:
-        if self._before is not None and self._before.stage.complete() and self._before.all_begun():
+        if self._before is not None and self._before():
             self._before = None
         if self._before is None and self._source is not None and self._to_ask:
             self._asked.extend(self._to_ask)

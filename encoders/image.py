@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mmpipe.encoders.base import BuiltEncoder, EncoderError, layers_path, output_dim
 from mmpipe.encoders.hf import Source, pretrained
 
-# A picture 1 pixel high and 10,000 wide would be resized to 224 × 2,240,000.
-MAX_RESIZED_PIXELS = 256_000_000
+# A picture 1 pixel high and 10,000 wide would be resized to 224 × 2,240,000, in 4 bytes a pixel.
+MAX_RESIZED_PIXELS = 64_000_000
 RESAMPLING = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
 # A decoder that scales averages squares of pixels; resized again by two and more, that is hardly to be told apart.
 OVERSAMPLED = 2
@@ -111,8 +111,7 @@ def by_pillow(image: Image.Image, size: tuple[int, int], part: Part, resample: s
     """A picture in RGB, resized to (width, height) by Pillow → uint8 [3, height, width] of the part that is seen."""
     if size != image.size:
         image = image.resize(size, RESAMPLING[resample])
-    left, top, right, bottom = part
-    return _pixels(image)[:, top:bottom, left:right]
+    return _pixels(image if part == (0, 0, *image.size) else image.crop(part))
 
 
 def lent(image: Image.Image) -> Tensor | None:

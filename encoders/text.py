@@ -22,6 +22,7 @@ from mmpipe.encoders.hub import read_json
 LONGEST_DEFAULT = 512  # tokens, where a plain folder sets no limit of its own
 EXAMPLE = "a photo of a red shoe"
 PROMPT_BATCH = 32
+_CHARACTERS_A_TOKEN = 32  # at first; a word of English has five
 
 # Encoders that pool over tokens, by model_type; the number: positions lost to padding_idx (counted from pad + 1).
 POOLED = {
@@ -81,6 +82,10 @@ class Tokens:
         # which tokenizers leaves out
         return json.dumps({"core": core, "encode_special_tokens": bool(self._core.encode_special_tokens)})
 
+    def cuts_the_end(self) -> bool:
+        """Whether what it reads of a long text is the beginning."""
+        return (self._core.truncation or {}).get("direction") == "right"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokens.read, (self.written(),)
 
@@ -103,9 +108,30 @@ class Tokenise:
         if not isinstance(text, str):
             raise EncoderError(f"a text encoder takes a str, not a {type(text).__name__}")
         text = self.prefix + text
-        ids, mask = self._encoded(text.lower() if self.lower else text)
+        ids, mask = self._as_far_as_read(text.lower() if self.lower else text)
         found = {"input_ids": ids, "attention_mask": mask} if self.masked else {"input_ids": ids}
         return {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in found.items()}
+
+    def _as_far_as_read(self, text: str) -> tuple[list[int], list[int]]:
+        """As of the whole text: a tokeniser cuts when it has all tokens, which take 400 bytes a character.
+
+        A beginning is enough that fills the tokens, and to the same ones as twice as much of it: nothing that comes
+        after a word that is whole changes it.
+        """
+        length = _CHARACTERS_A_TOKEN * self.max_tokens
+        if len(text) > 2 * length and self._cuts_the_end():
+            found = self._encoded(text[:length])
+            while 2 * length < len(text):
+                before, found = found, self._encoded(text[: 2 * length])
+                if found == before and all(found[1]):
+                    return found
+                length *= 2
+        return self._encoded(text)
+
+    def _cuts_the_end(self) -> bool:
+        if isinstance(self.tokens, Tokens):
+            return self.tokens.cuts_the_end()
+        return getattr(self.tokens, "truncation_side", "") == "right"
 
     def _encoded(self, text: str) -> tuple[list[int], list[int]]:
         if isinstance(self.tokens, Tokens):

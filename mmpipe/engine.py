@@ -25,6 +25,7 @@ from mmpipe.config import Config
 from mmpipe.decoders import Decoders, available
 from mmpipe.deliberating import Deliberation
 from mmpipe.feed import Feed
+from mmpipe.loading import GivingBack
 from mmpipe.parts import Parts
 from mmpipe.recalling import Recalling
 from mmpipe.resolved import Kind, Resolved
@@ -201,7 +202,9 @@ class Engine:
             if decoders is not None and decoders.note:
                 outcome.notes.append(decoders.note)
             done(samples, outcome)
+            give_back()
 
+        give_back = GivingBack()
         rows = plan.stage_plans[0].rows
         alone = wish.kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile

@@ -12,6 +12,8 @@ from mmpipe import media
 from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
 
+_MOST_TOLD = 500  # characters
+
 
 def prepared(
     branch: str,
@@ -36,4 +38,5 @@ def prepared(
     except MmpipeError:
         raise
     except (Exception, SystemExit) as error:  # a user's own code may raise anything; one sample must not end a job
-        raise MediaError(branch, "unusable", f"{type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {error}"  # some quote all that they were given
+        raise MediaError(branch, "unusable", told if len(told) <= _MOST_TOLD else told[:_MOST_TOLD] + " …") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmpipe import loading
 from mmpipe.loading import collector_spared
 
 
@@ -29,6 +30,21 @@ def test_a_job_spares_the_collector_what_is_there_and_gives_it_back() -> None:
         assert collected(since)
     assert collected(before)
     assert gc.get_freeze_count() == 0
+
+
+def test_in_a_long_run_freed_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    now = [0.0]
+    monkeypatch.setattr(loading.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loading, "give_back_freed_memory", lambda: given.append(now[0]))
+    for kept, want in ((False, []), (True, [30.0, 60.0])):
+        monkeypatch.setattr(loading, "_KEEPS", [True] if kept else [])
+        now[0] = 0.0
+        give_back = loading.GivingBack()
+        for seconds in (1.0, 19.0, 30.0, 49.0, 60.0):
+            now[0] = seconds
+            give_back()
+        assert given == want
 
 
 def test_what_the_process_has_frozen_itself_stays_so() -> None:

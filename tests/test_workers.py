@@ -260,10 +260,13 @@ def test_what_fails_in_a_process_ends_the_job_with_its_reason_after_whole_shards
 
 def test_what_is_wrong_with_a_medium_is_its_row_s_reason(tmp_path):
     texts = [f"unusable {number}" if number % 9 == 0 else f"item {number}" for number in range(100)]
+    texts[18] = "unusable " + "and long " * 10_000  # which the error quotes
     with Pipeline.load(own(tmp_path / "several")) as pipeline:
         answers = pipeline.predict(samples_of(texts))
     assert [p.status == "failed" for p in answers] == [number % 9 == 0 for number in range(100)]
     assert answers[9].error == "text:unusable: ValueError: unusable 9"
+    assert answers[18].error.startswith("text:unusable: ValueError: unusable and long and long")
+    assert len(answers[18].error) < 600
 
 
 def test_ctrl_c_ends_every_process_at_once_and_keeps_whole_shards(tmp_path, children):

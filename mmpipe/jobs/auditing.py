@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from mmpipe.types import Prediction, Sample
 
 _MOST_SHARDS, _SHARDS_TO_SAY = 16, 64  # between two looks
 CERTAINTY = 0.95  # of the interval, over all looks of a job at once
+
+
+Chosen = tuple[Sample, str | None] | None  # with the label of an early answer; None: it had the full pipeline's
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def audit_settings(
 
 
 class Auditor:
-    """Sees every row of a job: `look` after each shard, `finish` at the end. `exits`: whether to go on using them."""
+    """Sees every row of a job: `choose` among each shard's, `look` at what was chosen, `finish` at the end. `exits`:
+    whether to go on using them."""
 
     def __init__(
         self,
@@ -69,21 +73,26 @@ class Auditor:
         self.seconds = 0.0
         self.notes: list[str] = []
         self._over = False
-        self._waiting: list[tuple[Sample, str | None]] = []  # with the label of an early answer
+        self._waiting: list[Chosen] = []
 
     @property
     def exits(self) -> bool:
         return not (self.broken and self.settings.disable and not self._over)
 
-    def look(self, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> None:
-        """Choose among a shard's rows, and compute what fills a bucket."""
+    def choose(self, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Chosen]:
+        """Those of a shard's rows that are to be looked at. The others need not be kept."""
+        return [
+            (sample, prediction.label) if prediction.answered_by != self.settings.last_exit else None
+            for sample, prediction in zip(samples, predictions, strict=True)
+            if prediction.answered_by is not None and is_chosen(sample.id, self.settings.share)
+        ]
+
+    def look(self, chosen: Iterable[Chosen]) -> None:
+        """Compute what fills a bucket."""
         if not self.exits:
             return  # nothing leaves early any more
-        for sample, prediction in zip(samples, predictions, strict=True):
-            if prediction.answered_by is not None and is_chosen(sample.id, self.settings.share):
-                early = prediction.answered_by != self.settings.last_exit
-                self._waiting.append((sample, prediction.label if early else None))
-        if sum(label is not None for _, label in self._waiting) >= self.settings.batch:
+        self._waiting += chosen
+        if len(self._waiting) - self._waiting.count(None) >= self.settings.batch:
             self._compute()
 
     def finish(self) -> None:
@@ -95,7 +104,7 @@ class Auditor:
     def _compute(self) -> None:
         began = time.perf_counter()
         waiting, self._waiting = self._waiting, []
-        early = [(sample, label) for sample, label in waiting if label is not None]
+        early = list(filter(None, waiting))
         full = self._run([sample for sample, _ in early]) if early else []
         disagrees = [prediction.label != label for (_, label), prediction in zip(early, full, strict=True)]
         self.audited += len(early)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from mmpipe.errors import InputError, Interrupted, MmpipeError
 from mmpipe.jobs import shards
-from mmpipe.jobs.auditing import Auditor, AuditSettings
+from mmpipe.jobs.auditing import Auditor, AuditSettings, Chosen
 from mmpipe.jobs.output import claimed, writing
 from mmpipe.jobs.progress import Progress, Silent
 from mmpipe.jobs.report import write_report
@@ -183,22 +183,22 @@ def _run_audited(
     from the same shard on, whatever ran beside what."""
     count = audit.settings.shards_a_look(len(whole[0]) if whole else 1)
     for first in range(0, len(whole), count):
-        seen: list[tuple[Sequence[Sample], list[Prediction]]] = []
+        seen: list[list[Chosen]] = []
 
-        def commit_and_keep(
+        def commit_and_choose(
             shard: Sequence[Sample],
             predictions: list[Prediction],
             outcome: Outcome,
-            seen: list[tuple[Sequence[Sample], list[Prediction]]] = seen,
+            seen: list[list[Chosen]] = seen,
         ) -> None:
             commit(shard, predictions, outcome)
-            seen.append((shard, predictions))
+            seen.append(audit.choose(shard, predictions))
 
         engine.run_shards(
-            whole[first : first + count], commit_and_keep, exits=audit.exits, deliberate=True, answered=answered
+            whole[first : first + count], commit_and_choose, exits=audit.exits, deliberate=True, answered=answered
         )
-        for shard, predictions in seen:
-            audit.look(shard, predictions)
+        for chosen in seen:
+            audit.look(chosen)
     audit.finish()
 
 

@@ -25,6 +25,7 @@ _STREAMED_BYTES = 0x7FFF_0000  # a WAV whose header says at least this was writt
 _AV_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,aac,mp3,ogg,flac,wav,aiff,matroska,webm,asf,amr,caf,ac3,eac3"
 _AV_SLACK_FRAMES = 4096  # what an encoder's delay may take from the length in the header
 _ESTIMATED_RATE_HZ = 48_000
+_HIGHEST_RATE_HZ = 1_000_000  # of a sound; what a broken header says may be anything
 
 
 def from_file(
@@ -82,7 +83,7 @@ def from_memory(source: Any, limits: Limits, max_seconds: float | None, start_se
     samples, rate = source
     if hasattr(rate, "shape") and rate.shape == ():
         rate = rate.item()
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 1 <= rate < 1e7:
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 1 <= rate <= _HIGHEST_RATE_HZ:
         raise MediaError("audio", "no_rate", "the rate is a number of samples per second: give (samples, rate_hz)")
     rate_hz = round(float(rate))
     shape = tuple(samples.shape)
@@ -166,6 +167,8 @@ def _from_soundfile(
 ) -> Sound:
 
     rate_hz, channels = int(sound.samplerate), int(sound.channels)
+    if rate_hz > _HIGHEST_RATE_HZ:
+        raise MediaError("audio", "corrupt", f"its header gives a rate of {rate_hz:,} Hz, over {_HIGHEST_RATE_HZ:,}")
     told = 0 <= sound.frames < _UNKNOWN_FRAMES and sound.format != "MP3"  # an MP3's is a guess from its bit rate
     longest = int(limits.audio_minutes * 60 * rate_hz) + 1
     if told:

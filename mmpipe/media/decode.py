@@ -68,7 +68,7 @@ def load(
         if is_file(source):
             with opened(modality, source, limits) as (file, size_bytes):
                 if modality == "image":
-                    return image.from_file(file, limits, smallest_side, reserve, grey)
+                    return image.from_file(file, size_bytes, limits, smallest_side, reserve, grey)
                 if modality == "text":
                     return _text_from_file(file, size_bytes, limits)
                 return audio.from_file(file, size_bytes, limits, max_seconds, start_seconds, reserve)

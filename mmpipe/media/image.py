@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
 
 _ORIENTATION = 0x0112  # EXIF
+_LARGE_BYTES = 8_000_000  # of a file whose pixels may be few: what else it holds is read to open it
+_OPENED_COPIES = 3
+_EACH = {"WEBP": 18, "AVIF": 12, "TIFF": 8}  # peak bytes a pixel of what the decoder keeps in its own memory as well
 _FLOAT_SLACK = 0.01  # resampling and rounding leave 0..1 by this much
 
 
 def from_file(
     file: BinaryIO,
+    size_bytes: int,
     limits: Limits,
     smallest_side: int | None = None,
     reserve: Callable[[int], None] = lambda count: None,
@@ -31,9 +35,12 @@ def from_file(
     """The first frame of a file that is within its size limit, in RGB. Raises MediaError.
 
     smallest_side: a JPEG may come out at a half, a quarter or an eighth, its shorter side no less than these pixels.
-    reserve: called with the bytes that it takes at its peak, before it is decoded.
+    reserve: called with the bytes that it takes at its peak, before it is decoded; with those that a large file takes
+    to be opened before that.
     grey: one that is grey, in 8 bits and without alpha, stays in L.
     """
+    if size_bytes > _LARGE_BYTES:
+        reserve(_OPENED_COPIES * size_bytes)
     picture = _header(file, limits)
     reserve(_peak_bytes(picture, smallest_side))
     return _rgb(_loaded(picture), grey)
@@ -75,7 +82,9 @@ def _peak_bytes(picture: Image.Image, smallest_side: int | None) -> int:
     progressive = bool(picture.info.get("progressive"))
     # Pillow holds RGB in 4 bytes a pixel; other modes, progressive JPEGs and turned pictures need more copies.
     plain = picture.mode == "RGB" and not progressive and "transparency" not in picture.info
-    each = 16 if not plain else 8 if "exif" in picture.info else 4
+    each = max(_EACH.get(picture.format or "", 0), 16 if not plain else 8 if "exif" in picture.info else 4)
+    if picture.mode == "F" or picture.mode.startswith("I"):  # as float64, to find out what is white
+        each = 32
     if not scaled:
         return width * height * each
     # whatever the scale, a progressive JPEG is in memory as coefficients, 2 bytes each, until its last scan

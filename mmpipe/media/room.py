@@ -36,12 +36,13 @@ class Room:
             if share.bytes:
                 self._give_back(share.bytes)
 
-    def _take(self, count: int) -> None:
+    def _take(self, count: int, must: bool) -> None:
         turn = object()
         with self._changed:
-            self._waiting.append(turn)
-            self._changed.wait_for(lambda: self._waiting[0] is turn and self._fits(count))
-            self._waiting.popleft()
+            if not must:
+                self._waiting.append(turn)
+                self._changed.wait_for(lambda: self._waiting[0] is turn and self._fits(count))
+                self._waiting.popleft()
             self.used_bytes += count
             self._changed.notify_all()  # the next may fit too
 
@@ -62,7 +63,7 @@ class Share:
         self._room, self.bytes = room, 0
 
     def take(self, count: int) -> None:
-        """Waits until there are so many bytes, and holds them. Only once: who has some must not wait for more."""
-        if count > 0 and not self.bytes:
-            self._room._take(count)
-            self.bytes = count
+        """Waits until there are so many bytes, and holds them. Who has some has more at once: it must not wait."""
+        if count > 0:
+            self._room._take(count, must=bool(self.bytes))
+            self.bytes += count

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmpipe.encoders import EncoderError, load
 from mmpipe.encoders import image as image_encoders
-from mmpipe.encoders.image import ResizeCrop
+from mmpipe.encoders.image import ResizeCrop, by_pillow
 
 
 def _open_clip(folder):
@@ -150,6 +150,14 @@ def test_normalisation_is_one_affine_in_the_module(models):
 def test_a_thread_of_a_picture_is_refused():
     with pytest.raises(EncoderError, match="1×20000 pixels is too elongated"):
         ResizeCrop(224, 224)(Image.fromarray(np.zeros((20000, 1, 3), np.uint8)))
+
+
+def test_of_an_elongated_picture_only_what_is_seen_is_copied():
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (1600, 8, 3), np.uint8))
+    found = by_pillow(image, (224, 44_800), (0, 22_288, 224, 22_512), "bicubic")
+    assert found.untyped_storage().nbytes() == found.numel() == 3 * 224 * 224
+    whole = np.asarray(image.resize((224, 44_800), Image.Resampling.BICUBIC))
+    assert torch.equal(found, torch.from_numpy(whole[22_288:22_512].copy()).permute(2, 0, 1))
 
 
 def test_what_is_not_supported_is_said(models, tmp_path):

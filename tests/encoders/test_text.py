@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mmpipe.encoders import EncoderError, load
-from mmpipe.encoders.text import Pool
+from mmpipe.encoders.text import Pool, Tokens
 
 PLAIN = ("bert", "distilbert", "electra", "albert", "roberta", "xlm-roberta", "camembert", "mpnet")
 
@@ -161,6 +162,45 @@ def test_a_row_depends_on_its_text_alone(minilm_folder, kit):
     again = kit.batch(encoder, texts[::-1])
     assert torch.equal(first["input_ids"], again["input_ids"].flip(0))
     assert torch.equal(kit.run(encoder.module, first)[2], kit.run(encoder.module, again)[5])
+
+
+LONG = {
+    "words": lambda texts: " ".join(texts * 4000),
+    "one word": lambda texts: "a" * 100_000,
+    "a long word among others": lambda texts: (
+        "the " * 28 + "a" * 1500 + " end" * 20_000
+    ),  # cut, it is no longer unknown
+    "spaces first": lambda texts: " " * 50_000 + " ".join(texts * 1000),
+    "spaces last": lambda texts: texts[0] + " " * 50_000,
+    "marks": lambda texts: "a,b;" * 20_000,
+    "not latin": lambda texts: "犬が好き。Straße ÄÖ 😀 é" * 3000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("name", ["minilm", "clip", "xlm-roberta"])
+def test_a_long_text_is_tokenised_as_far_as_it_is_read(name, kind, models, minilm_folder, kit):
+    folder = minilm_folder if name == "minilm" else models(name)
+    prepare = load(f"hf:{folder}", "text", max_tokens=32).host
+    text, given = LONG[kind](kit.texts(8)), []
+
+    class Seen(Tokens):
+        def __call__(self, text):
+            given.append(len(text))
+            return super().__call__(text)
+
+    seen = dataclasses.replace(prepare, tokens=Seen(prepare.tokens._core))(text)
+    assert seen["input_ids"].tolist() == prepare.tokens(text)[0]
+    if kind in ("words", "marks", "not latin"):
+        assert sum(given) <= 10_000 < len(text)
+
+
+def test_a_tokeniser_that_reads_the_end_gets_the_whole_text(minilm_folder):
+    prepare = load(f"hf:{minilm_folder}", "text", max_tokens=32).host
+    core = prepare.tokens._core
+    core.enable_truncation(32, direction="left")
+    text = "one " * 3000 + "last words"
+    assert prepare(text)["input_ids"].tolist() == core.encode(text).ids
 
 
 def test_what_is_not_supported_is_said(models, minilm_folder, tmp_path):

@@ -43,7 +43,7 @@ def test_the_shards_make_no_difference():
     for size in (1, 7, 1000):
         one = auditor(full_label="lamp", share=0.1)
         for start in range(0, 1000, size):
-            one.look(*rows(IDS[start : start + size]))
+            one.look(one.choose(*rows(IDS[start : start + size])))
         one.finish()
         found.append(one.observed)
     assert found[0] == found[1] == found[2] == Observed(found[0].count, found[0].count)
@@ -51,8 +51,8 @@ def test_the_shards_make_no_difference():
 
 def test_the_share_is_of_all_samples_and_only_early_ones_cost_a_run():
     one = auditor(full_label="lamp", promised=None)
-    one.look(*rows(IDS[:10]))
-    one.look(*rows(IDS[10:100], early=False))
+    one.look(one.choose(*rows(IDS[:10])))
+    one.look(one.choose(*rows(IDS[10:100], early=False)))
     one.finish()
     assert one.report() | {"seconds": 0} == {
         "share": 1.0, "chosen": 100, "audited": 10, "disagreements": 10, "estimate": 0.1,
@@ -65,7 +65,7 @@ def test_a_broken_promise_is_said_once_and_is_noted():
     said = []
     one = auditor(full_label="lamp", said=said)
     for start in range(0, 80, 8):
-        one.look(*rows(IDS[start : start + 8]))
+        one.look(one.choose(*rows(IDS[start : start + 8])))
     assert one.broken
     assert one.exits
     assert said == one.notes
@@ -76,17 +76,17 @@ def test_a_broken_promise_is_said_once_and_is_noted():
 def test_a_kept_promise_is_never_called_broken():
     one = auditor()
     for start in range(0, 8000, 8):
-        one.look(*rows(IDS[start : start + 8]))
+        one.look(one.choose(*rows(IDS[start : start + 8])))
     assert not one.broken
     assert one.report()["interval"][1] < 0.01
 
 
 def test_disabled_exits_end_the_audit():
     one = auditor(full_label="lamp", disable=True)
-    one.look(*rows(IDS[:80]))
+    one.look(one.choose(*rows(IDS[:80])))
     assert not one.exits
     count = one.observed.count
-    one.look(*rows(IDS[80:200]))
+    one.look(one.choose(*rows(IDS[80:200])))
     one.finish()
     assert one.observed.count == count
     assert "exits are off" in one.notes[0]
@@ -94,7 +94,7 @@ def test_disabled_exits_end_the_audit():
 
 def test_what_is_known_only_at_the_end_switches_nothing_off():
     one = auditor(full_label="lamp", disable=True, batch=1000)
-    one.look(*rows(IDS[:80]))
+    one.look(one.choose(*rows(IDS[:80])))
     one.finish()
     assert one.broken
     assert not one.report()["exits_disabled"]
@@ -107,15 +107,22 @@ def test_samples_wait_until_they_fill_a_bucket():
     run = one._run
     one._run = lambda samples: sizes.append(len(samples)) or run(samples)
     for start in range(0, 30, 3):
-        one.look(*rows(IDS[start : start + 3]))
+        one.look(one.choose(*rows(IDS[start : start + 3])))
     one.finish()
     assert sizes == [9, 9, 9, 3]
 
 
+def test_of_a_shard_it_keeps_what_is_to_be_computed():
+    one = auditor(share=0.1)
+    chosen = one.choose(*rows(IDS[:1000]))
+    assert 60 <= len(chosen) <= 140
+    assert one.choose(*rows(IDS[:1000], early=False)) == [None] * len(chosen)  # counted, and nothing to compute
+
+
 def test_no_rows_and_rows_without_an_answer():
     one = auditor()
-    one.look([], [])
-    one.look([Sample("a", {})], [Prediction("a", "failed", "text:empty: no text")])
+    one.look(one.choose([], []))
+    one.look(one.choose([Sample("a", {})], [Prediction("a", "failed", "text:empty: no text")]))
     one.finish()
     report = one.report()
     assert (report["chosen"], report["estimate"], report["interval"]) == (0, None, [0.0, 1.0])
@@ -212,6 +219,6 @@ def test_a_job_looks_when_there_is_enough_to_compute():
 def test_every_kind_of_answer_counts_once():
     one = auditor(full_label="lamp")
     for early, number in itertools.product((True, False), range(8)):
-        one.look(*rows([f"{early}-{number}"], early=early))
+        one.look(one.choose(*rows([f"{early}-{number}"], early=early)))
     one.finish()
     assert (one.observed.count, one.observed.yes, one.audited) == (16, 8, 8)

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from mmpipe.cache.disk import Disk
 
-MEMORY_BYTES = 64_000_000  # of the nearest layer: 30,000 embeddings of 512 numbers
+MEMORY_BYTES = 16_000_000  # of the nearest layer, in each process: 7,000 embeddings of 512 numbers
 _OVERHEAD = 200  # bytes that Python takes for an entry
 
 

@@ -88,9 +88,9 @@ def once(source: Tensor, kind: Hashable, make: Callable[[], Tensor]) -> Tensor:
     known = _MADE.get()
     if known is None:
         return make()
-    key = (id(source), kind)
+    key = (source.data_ptr(), source.shape, source.stride(), source.dtype, kind)  # whatever object it is seen through
     if key not in known:
-        known[key] = source, make()  # with the source: its id is its own as long as it is there
+        known[key] = source, make()  # with the source: its place is its own as long as it is there
     return known[key][1]
 
 

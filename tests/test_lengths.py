@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import numpy as np
@@ -137,6 +138,23 @@ def test_weights_are_held_once(models, tmp_path, always):
         assert all(tensor.data_ptr() in own for tensor in matrices)
 
 
+def test_what_weights_are_shortened_to_is_held_once(models, tmp_path, always):
+    folder = written(tmp_path / "texts", enumerate(hub.texts(9)))
+    before = set(shortened_matrices())
+    with Pipeline.load(config(models, "bert", folder, dtype="bfloat16")) as pipeline:
+        pipeline.run_folder(output=tmp_path / "out")
+        assert pipeline.resolved.segments["text@0"].lengths == (16, 32, 64)
+        found = [matrix for place, matrix in shortened_matrices().items() if place not in before]
+    assert len(found) >= 2  # positions, and what the packed layout does not take
+    assert len({(matrix.shape, matrix.view(torch.int16).numpy().tobytes()) for matrix in found}) == len(found)
+
+
+def shortened_matrices():
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    mine = [each for each in tensors if each.dtype == torch.bfloat16 and each.ndim == 2 and not each.is_mkldnn]
+    return {each.data_ptr(): each for each in mine}
+
+
 @pytest.mark.skipif(not available(), reason="this processor has no bfloat16 products, or torch no oneDNN")
 def test_packed_copies_are_made_once(models, tmp_path, always, monkeypatch):
     packs, pack = [], packed._laid_out
@@ -145,7 +163,7 @@ def test_packed_copies_are_made_once(models, tmp_path, always, monkeypatch):
     with Pipeline.load(config(models, "minilm", folder, dtype="bfloat16")) as pipeline:
         pipeline.run_folder(output=tmp_path / "out")
         assert pipeline.resolved.segments["text@0"].lengths
-        matrices = {id(matrix) for matrix in packs}
+        matrices = {(matrix.data_ptr(), matrix.shape) for matrix in packs}
         assert len(packs) == len(matrices)
 
 

@@ -84,7 +84,8 @@ def from_memory(source: Any, limits: Limits, max_seconds: float | None, start_se
     if hasattr(rate, "shape") and rate.shape == ():
         rate = rate.item()
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 1 <= rate <= _HIGHEST_RATE_HZ:
-        raise MediaError("audio", "no_rate", "the rate is a number of samples per second: give (samples, rate_hz)")
+        text = f"the rate is a number of samples per second, at most {_HIGHEST_RATE_HZ:,}: give (samples, rate_hz)"
+        raise MediaError("audio", "no_rate", text)
     rate_hz = round(float(rate))
     shape = tuple(samples.shape)
     if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] > _MAX_CHANNELS):

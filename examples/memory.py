@@ -72,7 +72,7 @@ def peak(command: Sequence[str]) -> tuple[int, int]:
             began = time.perf_counter()
             found = [had(pid) for pid in family(process.pid)]
             highest = max(highest, (sum(all_ for all_, _ in found), sum(files for _, files in found)))
-            time.sleep(max(LOOK_S, 20 * (time.perf_counter() - began)))  # counting pages takes time of a core
+            time.sleep(max(LOOK_S, 4 * (time.perf_counter() - began)))  # counting pages takes time of a core
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return highest

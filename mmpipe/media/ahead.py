@@ -31,6 +31,8 @@ class Ahead:
     as many as `computing` says are at work elsewhere.
     """
 
+    _lazy = False  # an item is not started before it is asked for
+
     def __init__(
         self,
         workers: int,
@@ -62,7 +64,7 @@ class Ahead:
         be; with `wait` it waits until it may, because the consumer needs this very item. `spent` gets the seconds of a
         core that each portion took.
         """
-        return Queue(self, load, room, spent)
+        return Queue(self, load, room, spent, lazy=self._lazy)
 
     def submit(self, load: Callable[[T], R], item: T) -> Future[R]:
         """Put one item on the threads; they are started with the first."""
@@ -154,6 +156,8 @@ def _alone() -> None:
 class Here(Ahead):
     """As Ahead, without threads: each item when it is asked for. For so few that a thread would only add its start."""
 
+    _lazy = True
+
     def __init__(self) -> None:
         super().__init__(1, items_ahead=1)
 
@@ -164,14 +168,6 @@ class Here(Ahead):
         except Exception as error:  # noqa: BLE001 - raised at its place
             future.set_exception(error)
         return future
-
-    def queue(
-        self,
-        load: Callable[[T], R],
-        room: Callable[[T, bool], bool] = lambda item, wait: True,
-        spent: list[float] | None = None,
-    ) -> Queue[T, R]:
-        return Queue(self, load, room, spent, lazy=True)
 
 
 class Queue(Generic[T, R]):

@@ -83,7 +83,7 @@ def _peak_bytes(picture: Image.Image, smallest_side: int | None) -> int:
     # Pillow holds RGB in 4 bytes a pixel; other modes, progressive JPEGs and turned pictures need more copies.
     plain = picture.mode == "RGB" and not progressive and "transparency" not in picture.info
     each = max(_EACH.get(picture.format or "", 0), 16 if not plain else 8 if "exif" in picture.info else 4)
-    if picture.mode == "F" or picture.mode.startswith("I"):  # as float64, to find out what is white
+    if picture.mode in ("F", "I"):  # as float64, to find out what is white
         each = 32
     if not scaled:
         return width * height * each

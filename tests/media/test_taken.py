@@ -16,7 +16,7 @@ from support.made import encoded, picture
 from mmpipe.errors import MediaError
 from mmpipe.media import load
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells")
+told = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells")
 
 MEASURED = """
 import sys
@@ -81,6 +81,7 @@ def measured(folder: Path, kind: str, data: bytes) -> tuple[int, int]:
     return reserved, taken
 
 
+@told
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture(tmp_path: Path, name: str) -> None:
     kind = name.partition(",")[0]
@@ -91,6 +92,7 @@ def test_a_picture(tmp_path: Path, name: str) -> None:
     assert reserved <= 48 * SIZE[0] * SIZE[1]
 
 
+@told
 def test_a_large_file_of_few_pixels(tmp_path: Path) -> None:
     """What is in it beside its pixels is read to open it."""
     head, rest = encoded(picture(), "JPEG")[:2], encoded(picture(), "JPEG")[2:]

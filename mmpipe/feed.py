@@ -112,11 +112,13 @@ class Feed:
             media.fill(slot, self._checked(branch, tensors))
 
         needs = self.preparations[branch]
-        with self.room.share() as share:
-            if self.decoders is not None:
-                share.take(estimate_bytes(branch, source, self.limits, needs.decoded_seconds, needs.smallest_side))
+        if self.decoders is not None:
+            about = self.limits, needs.decoded_seconds, needs.smallest_side
+            with self.room.share() as share:
+                share.take(estimate_bytes(branch, source, *about, reserve=share.take))
                 if self.decoders.decode(branch, source, put, self._spent):
                     return
+        with self.room.share() as share:  # of its own: a file that comes back is not counted twice
             put(prepared(branch, source, needs, self.limits, share.take))
 
     def _spent(self, seconds: float) -> None:

@@ -18,7 +18,7 @@ from mmpipe import Pipeline
 from mmpipe.engine import decoders_beside
 from mmpipe.explain import collect
 from mmpipe.fingerprints import model_fingerprint
-from mmpipe.media import View, image
+from mmpipe.media import Room, View, estimate_bytes, image
 
 OWN = """
 import torch
@@ -177,6 +177,22 @@ def test_each_header_is_read_once_and_the_bound_is_kept(weights, tmp_path, monke
     assert [answer.status for answer in answers] == ["ok"] * 24
     assert len(headers) <= 24 + 4  # and four rows for the parity gate
     assert most[0] == 1 or (not narrow and most[0] > 1)
+
+
+def test_a_file_that_processes_hand_back_is_counted_once(weights, tmp_path, monkeypatch):
+    path, most, take = tmp_path / "x.png", [0], Room._take
+    Image.new("RGB", (2000, 1500)).save(path)
+
+    def counted(room, count, must):
+        take(room, count, must)
+        most[0] = max(most[0], room.used_bytes)
+
+    monkeypatch.setattr(Room, "_take", counted)
+    handing_back = SimpleNamespace(decode=lambda *given: False, note="")
+    monkeypatch.setattr("mmpipe.engine.Engine.decoders", lambda engine, wish: handing_back)
+    with Pipeline.load(shop.config(weights, runtime={"cache": "off"})) as pipeline:
+        assert pipeline.predict([{"image": path}])[0].status == "ok"
+    assert 0 < most[0] <= estimate_bytes("image", path)
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,15 @@ def estimate_bytes(
     limits: Limits = Limits(),  # noqa: B008 - frozen
     max_seconds: float | None = None,
     smallest_side: int | None = None,
+    reserve: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """About how many bytes `load` will take at its peak, from the header; few where that isn't known. Never raises."""
+    """About how many bytes `load` will take at its peak, from the header; few where that isn't known. Never raises.
+
+    reserve: called with what a large file takes to be opened, which that header asks for, before it is.
+    """
     if isinstance(source, View):  # a window of a sound is no longer than its first
         side = None if smallest_side is None else math.ceil(smallest_side / shorter_share(source))
-        return estimate_bytes(modality, source.source, limits, max_seconds, side)
+        return estimate_bytes(modality, source.source, limits, max_seconds, side, reserve)
     try:
         if isinstance(source, str) and modality == "text":
             return 4 * len(source) + _UNKNOWN_BYTES
@@ -109,7 +113,7 @@ def estimate_bytes(
             return 5 * min(size_bytes, int(limits.text_kilobytes * 1e3)) + _UNKNOWN_BYTES
         with opened(modality, source, limits) as (file, size_bytes):
             if modality == "image":
-                return image.estimate_file_bytes(file, limits, smallest_side) + _UNKNOWN_BYTES
+                return image.estimate_file_bytes(file, size_bytes, limits, smallest_side, reserve) + _UNKNOWN_BYTES
             return audio.estimate_file_bytes(file, size_bytes, limits, max_seconds) + _UNKNOWN_BYTES
     except Exception:  # noqa: BLE001 - load says what is wrong; this is only a guess
         return _UNKNOWN_BYTES

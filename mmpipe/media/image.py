@@ -39,8 +39,7 @@ def from_file(
     to be opened before that.
     grey: one that is grey, in 8 bits and without alpha, stays in L.
     """
-    if size_bytes > _LARGE_BYTES:
-        reserve(_OPENED_COPIES * size_bytes)
+    _reserve_opening(size_bytes, reserve)
     picture = _header(file, limits)
     reserve(_peak_bytes(picture, smallest_side))
     return _rgb(_loaded(picture), grey)
@@ -70,9 +69,21 @@ def memory_size(source: Any) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if isinstance(size, tuple) else None
 
 
-def estimate_file_bytes(file: BinaryIO, limits: Limits, smallest_side: int | None = None) -> int:
-    """Peak bytes of `from_file`, from the header."""
+def estimate_file_bytes(
+    file: BinaryIO,
+    size_bytes: int,
+    limits: Limits,
+    smallest_side: int | None = None,
+    reserve: Callable[[int], None] = lambda count: None,
+) -> int:
+    """Peak bytes of `from_file`, from the header; `reserve` as there, with what a large file takes to be opened."""
+    _reserve_opening(size_bytes, reserve)
     return _peak_bytes(_header(file, limits), smallest_side)
+
+
+def _reserve_opening(size_bytes: int, reserve: Callable[[int], None]) -> None:
+    if size_bytes > _LARGE_BYTES:
+        reserve(_OPENED_COPIES * size_bytes)
 
 
 def _peak_bytes(picture: Image.Image, smallest_side: int | None) -> int:

@@ -14,7 +14,7 @@ from PIL import Image, features
 from support.made import encoded, picture
 
 from mmpipe.errors import MediaError
-from mmpipe.media import load
+from mmpipe.media import estimate_bytes, load
 
 told = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells")
 
@@ -100,6 +100,9 @@ def test_a_large_file_of_few_pixels(tmp_path: Path) -> None:
     for kind, data in (("JPEG", head + segment * 600 + rest), ("WEBP", encoded(picture(), "WEBP") + bytes(40_000_000))):
         reserved, taken = measured(tmp_path, kind, data)
         assert 3 * SPARE < taken <= reserved + SPARE
+        before: list[int] = []  # of what other processes decode: as much, and before it is opened to be looked at
+        about = estimate_bytes("image", data, reserve=before.append)
+        assert sum(before) + about == reserved + (1 << 16)
 
 
 def test_a_rate_that_no_sound_has(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 
 class EncoderError(ValueError):
-    """An encoder can't be found, loaded or given what it was given. The message says what to do."""
+    """An encoder can't be found, loaded or given what it was given. The message says what to do.
+
+    `key`: the argument that is wrong.
+    """
+
+    def __init__(self, message: str, key: str = "model") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class MissingPackage(EncoderError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from mmpipe.encoders.base import BuiltEncoder, EncoderError, MissingPackage, out
 from mmpipe.encoders.hf import read_tensors, refuse
 from mmpipe.encoders.hub import fetch
 from mmpipe.encoders.image import Normalised, ResizeCrop, grey
-from mmpipe.encoders.text import EXAMPLE, Prompts
+from mmpipe.encoders.text import EXAMPLE, Prompts, as_far_as_read
 
 CONFIG = "open_clip_config.json"
 WEIGHT_FILES = (
@@ -27,6 +28,10 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
+
+
+_LONG = 1024  # characters of a text
+_MOST_WORDS = 100_000  # that open_clip's tokeniser remembers: for ever, if nobody forgets them
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,26 @@ class ClipTokenise:
     def __call__(self, text: str) -> dict[str, Tensor]:
         if not isinstance(text, str):
             raise EncoderError(f"a text encoder takes a str, not a {type(text).__name__}")
-        return {"input_ids": self.tokenizer([text], context_length=self.max_tokens)[0].to(torch.int64)}
+        return {"input_ids": torch.tensor(self._ids(text), dtype=torch.int64)}
+
+    def _ids(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+
+        def encode(part: str) -> list[int]:
+            found: list[int] = tokenizer([part], context_length=self.max_tokens)[0].tolist()
+            return found
+
+        if not self.is_open_clips or tokenizer.reduction_fn is not None:
+            return encode(text)
+        if len(tokenizer.cache) > _MOST_WORDS:
+            specials = list(tokenizer.cache)[: len(tokenizer.all_special_ids)]
+            tokenizer.cache = {special: special for special in specials}
+        if len(text) < _LONG:
+            return encode(text)
+        # Its time goes with the square of a word's length. What mends and unescapes looks at the whole, and once only.
+        text, tokenizer = tokenizer.clean_fn(text), copy.copy(tokenizer)
+        tokenizer.clean_fn = str
+        return as_far_as_read(text, self.max_tokens, encode, lambda ids: ids[-1] == tokenizer.eot_token_id)
 
 
 def load(
@@ -271,10 +295,13 @@ def _shorten(clip: Any, max_tokens: int | None, model: str) -> int:
     tower = getattr(clip, "text", clip)
     if not (3 <= max_tokens < longest) or not isinstance(getattr(tower, "positional_embedding", None), nn.Parameter):
         raise EncoderError(
-            f"{model}: max_tokens is {max_tokens}; this text tower takes 3 to {longest}, or only {longest}"
+            f"{model}: max_tokens is {max_tokens}; this text tower takes 3 to {longest}, or only {longest}",
+            "max_tokens",
         )
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "text_pool_type", "argmax") == "last":
-        raise EncoderError(f"{model}: this text tower reads its last position, so max_tokens can't be changed")
+        raise EncoderError(
+            f"{model}: this text tower reads its last position, so max_tokens can't be changed", "max_tokens"
+        )
     tower.positional_embedding = nn.Parameter(tower.positional_embedding[:max_tokens].clone(), requires_grad=False)
     if tower.attn_mask is not None:
         tower.attn_mask = tower.attn_mask[:max_tokens, :max_tokens].clone()

@@ -12,6 +12,7 @@ A local path that exists wins over a name of the same spelling. Local paths are 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import re
@@ -37,6 +38,7 @@ OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*", "*.onnx", "*.msgpack", "*.
 
 OWN = "own"  # the kind of a class of the user's
 TINY = "tiny"  # the kind of the models that ship with the package
+_LIBRARIES = ("timm", "torchvision", "torchaudio", "open_clip")  # of models: "timm:resnet50" is no class of anybody's
 
 _factories: dict[str, str] = {}
 
@@ -124,12 +126,12 @@ def asked(
     if modality not in MODALITIES:
         raise EncoderError(f"no modality '{modality}'; there are {', '.join(MODALITIES)}")
     if max_tokens is not None and max_tokens < 1:
-        raise EncoderError(f"max_tokens is {max_tokens}; it must be at least 1")
+        raise EncoderError(f"max_tokens is {max_tokens}; it must be at least 1", "max_tokens")
     if max_seconds is not None and not max_seconds > 0:
-        raise EncoderError(f"max_seconds is {max_seconds}; it must be above 0")
+        raise EncoderError(f"max_seconds is {max_seconds}; it must be above 0", "max_seconds")
     path = None if weights is None else _local(str(weights), base)
     if weights is not None and path is None:
-        raise EncoderError(f"{model}: weights '{weights}': no such file or folder in {base}")
+        raise EncoderError(f"{model}: weights '{weights}': no such file or folder in {base}", "weights")
     kind, name, found = parse(model, base)
     if path is not None and found is not None:
         name = str(found)  # the folder still gives the configuration; its weights are replaced
@@ -137,9 +139,16 @@ def asked(
     return Asked(kind, name, modality, path or found, from_hub, max_tokens, max_seconds)
 
 
-def pull(model: str, modality: str, *, weights: str | Path | None = None, base: Path | None = None) -> list[str]:
+def pull(
+    model: str,
+    modality: str,
+    *,
+    weights: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    base: Path | None = None,
+) -> list[str]:
     """Fetches what `model` needs and checks that it loads. Returns the files it was loaded from, weights first."""
-    encoder = load(model, modality, weights=weights, base=base)
+    encoder = load(model, modality, weights=weights, options=options, base=base)
     return list(encoder.files) if isinstance(encoder, BuiltEncoder) else []
 
 
@@ -153,14 +162,15 @@ def parse(model: str, base: Path) -> tuple[str, str, Path | None]:
     if colon and kind in _factories:
         if not rest:
             raise EncoderError(f"'{model}' names no model; write {kind}:NAME")
+        if kind == TINY:  # a folder of photos, called photo, is no model
+            return kind, rest, None
         found = _local(rest, base)
         if found is None and kind == "open_clip" and not rest.startswith("hf-hub:"):
             architecture, _, pretrained = rest.partition("/")
             found = _local(pretrained, base) if pretrained else None
             return kind, architecture if found else rest, found
         return kind, rest, found
-    beside = (base / f"{kind}.py").is_file() or (base / kind).is_dir()
-    if OWN_CLASS.fullmatch(model) and ("." in kind or beside):  # "timm:resnet50" is no class of anybody's
+    if OWN_CLASS.fullmatch(model) and ("." in kind or _is_own_module(kind, base)):
         return OWN, model, None
     if (folder := _local(model, base)) is not None:
         for config, of_kind in FOLDER_CONFIGS.items():
@@ -173,6 +183,16 @@ def parse(model: str, base: Path) -> tuple[str, str, Path | None]:
         f"can't read the model id '{model}': known kinds are {', '.join(f'{known}:' for known in sorted(_factories))}; "
         f"else a hub id (ORG/NAME), a local folder, or your own package.module:Class (looked for in {base} too)"
     )
+
+
+def _is_own_module(name: str, base: Path) -> bool:
+    """Beside the configuration, or installed; the packages whose name is a kind of model are nobody's own."""
+    if (base / f"{name}.py").is_file() or (base / name).is_dir():
+        return True
+    try:
+        return name not in _LIBRARIES and importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # ValueError: a module such as __main__, without a spec
+        return False
 
 
 def _local(text: str, base: Path) -> Path | None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,26 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+
+
+Found = TypeVar("Found")
+
+
+def as_far_as_read(text: str, tokens: int, encode: Callable[[str], Found], is_full: Callable[[Found], bool]) -> Found:
+    """encode(text), for a tokeniser that cuts the end off, with no more of a long text than it takes.
+
+    A beginning is enough that fills the tokens, and to the same ones as twice as much of it: nothing that comes after a
+    word that is whole changes it.
+    """
+    length = _CHARACTERS_A_TOKEN * tokens
+    if len(text) > 2 * length:
+        found = encode(text[:length])
+        while 2 * length < len(text):
+            before, found = found, encode(text[: 2 * length])
+            if found == before and is_full(found):
+                return found
+            length *= 2
+    return encode(text)
 
 
 class Tokens:
@@ -113,20 +133,10 @@ class Tokenise:
         return {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in found.items()}
 
     def _as_far_as_read(self, text: str) -> tuple[list[int], list[int]]:
-        """As of the whole text: a tokeniser cuts when it has all tokens, which take 400 bytes a character.
-
-        A beginning is enough that fills the tokens, and to the same ones as twice as much of it: nothing that comes
-        after a word that is whole changes it.
-        """
-        length = _CHARACTERS_A_TOKEN * self.max_tokens
-        if len(text) > 2 * length and self._cuts_the_end():
-            found = self._encoded(text[:length])
-            while 2 * length < len(text):
-                before, found = found, self._encoded(text[: 2 * length])
-                if found == before and all(found[1]):
-                    return found
-                length *= 2
-        return self._encoded(text)
+        """As of the whole text: a tokeniser cuts when it has all tokens, which take 400 bytes a character."""
+        if not self._cuts_the_end():
+            return self._encoded(text)
+        return as_far_as_read(text, self.max_tokens, self._encoded, lambda found: all(found[1]))
 
     def _cuts_the_end(self) -> bool:
         if isinstance(self.tokens, Tokens):
@@ -325,7 +335,8 @@ def _length(model: str, asked: int | None, positions: int, tokenizer: Any, own: 
     length = asked if asked is not None else min(own, positions, longest)
     least = tokenizer.num_special_tokens_to_add() + 1
     if not least <= length <= positions:
-        raise EncoderError(f"{model}: max_tokens is {length}; this model takes {least} to {positions} tokens")
+        what = f"max_tokens is {length}; this model takes {least} to {positions} tokens"
+        raise EncoderError(f"{model}: {what}", "model" if asked is None else "max_tokens")
     return length
 
 

@@ -279,7 +279,7 @@ def load(
     """`name` is photo, title or note; `weights` the safetensors file that `save` wrote.
 
     `max_tokens` (title, words) and `max_seconds` (note) shorten what is read, never lengthen it.
-    Raises EncoderError: an unknown name, the wrong modality, no weights, weights that don't fit.
+    Raises EncoderError: an unknown name, the wrong modality, no weights, weights that don't fit, too many words.
     """
     kind = _KINDS.get(name)
     if kind is None:
@@ -304,19 +304,18 @@ def load(
     if name == "title":
         words = TITLE_WORDS if max_tokens is None else max_tokens
         if not 1 <= words <= TITLE_WORDS:
-            raise EncoderError(f"tiny:title: max_tokens {words} is not between 1 and {TITLE_WORDS}")
+            raise EncoderError(f"tiny:title: max_tokens {words} is not between 1 and {TITLE_WORDS}", "max_tokens")
         preprocessing |= {"max_words": words, "pieces": TITLE_PIECES, "buckets": TITLE_BUCKETS}
         return BuiltEncoder(
             modality=modality, dim=DIM, module=module, prepare=partial(prepare_title, max_words=words),
             example="a title of five words", preprocessing=preprocessing, layers="layers", mask="mask",
             notes=(f"words after the first {words} are not read",),
         )  # fmt: skip
-    seconds = NOTE_SECONDS if max_seconds is None else max_seconds
+    seconds = NOTE_SECONDS if max_seconds is None else min(max_seconds, NOTE_SECONDS)
     window_samples = int(seconds * SAMPLE_RATE_HZ) // HOP * HOP
-    if not SHORTEST_NOTE_SAMPLES <= window_samples <= NOTE_SAMPLES:
-        raise EncoderError(
-            f"tiny:note: max_seconds {seconds} is not between {4 * HOP / SAMPLE_RATE_HZ} and {NOTE_SECONDS}"
-        )
+    if window_samples < SHORTEST_NOTE_SAMPLES:
+        least = SHORTEST_NOTE_SAMPLES / SAMPLE_RATE_HZ
+        raise EncoderError(f"tiny:note: max_seconds {seconds} is below {least}", "max_seconds")
     preprocessing |= {"sample_rate_hz": SAMPLE_RATE_HZ, "window_samples": window_samples, "resampler": "soxr HQ"}
     return BuiltEncoder(
         modality=modality, dim=DIM, module=module, prepare=partial(prepare_note, window_samples=window_samples),

@@ -191,7 +191,8 @@ def pull_weights(
     for modality, settings in config.encoders.items():
         say(f"fetching {modality}: {settings.model}")
         with _as_config_error(config, f"encoders.{modality}.model"):
-            files = pull(settings.model, modality, weights=settings.weights, base=config.source.folder)
+            options = dict(settings.options)
+            files = pull(settings.model, modality, weights=settings.weights, options=options, base=config.source.folder)
         yield modality, settings.model, files
 
 
@@ -202,7 +203,10 @@ def _as_config_error(config: Config, path: str) -> Iterator[None]:
         yield
     except MissingPackage as error:
         raise MissingExtraError(str(config.error(path, str(error)))) from error
-    except (EncoderError, HeadError) as error:
+    except EncoderError as error:
+        at = path.removesuffix("model") + error.key if path.startswith("encoders.") else path
+        raise config.error(at, str(error)) from error
+    except HeadError as error:
         raise config.error(path, str(error)) from error
     except GraphError as error:
         raise ModelError(str(config.error(path, str(error)))) from error

@@ -65,6 +65,7 @@ class Engine:
         self.deliberation = Deliberation.configured(config, built, limits)
         self.recalling = Recalling(config, built, limits, runners)
         self._decoders: Decoders | None = None
+        self._give_back = GivingBack()
 
     def run(self, samples: Sequence[Sample], wish: Wish, answered: Answered) -> tuple[list[Prediction], Outcome]:
         """One shard: predictions in order, and the trace of each row's first look. `answered` is told of progress."""
@@ -202,9 +203,8 @@ class Engine:
             if decoders is not None and decoders.note:
                 outcome.notes.append(decoders.note)
             done(samples, outcome)
-            give_back()
+            self._give_back()
 
-        give_back = GivingBack()
         rows = plan.stage_plans[0].rows
         alone = wish.kind == "call" and len(plan.stage_plans) > 1
         # two buckets ahead: one that is read next, and one that is being decoded meanwhile

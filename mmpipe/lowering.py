@@ -12,7 +12,7 @@ parity gate (`mmpipe.parity`) stays float32 and eager too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -232,6 +232,15 @@ class Lowering:
                 )
         names = list(segment.inputs)
         return ByLength(parts, names.index(f"{segment.branch}.{may_be.mask}"), [names.index(n) for n in may_be.long])
+
+    def forget_others(self, made: Cut, ways: Iterable[Resolved]) -> None:
+        """What was lowered to be measured or looked at, and is in none of these ways, needs no memory."""
+        used = {
+            (id(made.modules[segment.name]), way.segments.get(segment.name, PLAIN))
+            for way in ways
+            for segment in made.plan.segments
+        }
+        self._kept = {key: kept for key, kept in self._kept.items() if key[:2] in used}
 
     def forget(self) -> None:
         """What was lowered of a graph that is no more."""

@@ -61,21 +61,18 @@ class Pipeline:
     ) -> None:
         began = time.perf_counter()
         self.config = config
-        device = device_of(config)  # first: what is not there is refused before models are loaded
+        self._device = device_of(config)  # first: what is not there is refused before models are loaded
         with collector_paused():
             self._built: Built = build(config, say=say, encoders_only=encoders_only)
         self._dims = {name: preparation.dim for name, preparation in self._built.preparations.items()}
         self._limits = media.Limits(**config.input.limits.model_dump())
         self._lock = threading.RLock()  # an observer may look at the pipeline that calls it
-        self.runners = Runners(config, self._built, device)
+        self.runners = Runners(config, self._built, self._device)
+        self._engine = Engine(config, self._built, self._limits, self.runners)
         self.runners.resolved()  # what does not fit is refused now
         if reason := self._not_calibrated_for():
-            with collector_paused():
-                self._built = build(config, say=say, without_exits=reason)
-            self.runners = Runners(config, self._built, device)
-            self.runners.resolved()
+            self._leave_exits_out(reason, say)
         give_back_freed_memory()
-        self._engine = Engine(config, self._built, self._limits, self.runners)
         self._build_seconds = time.perf_counter() - began
 
     def _not_calibrated_for(self) -> str:
@@ -87,12 +84,23 @@ class Pipeline:
         why = mismatch(calibration, model=self._built.core, dtype=dtype, backends=backends, dtypes=self.dtypes)
         return not_bound(self.config, why) if why else ""
 
-    def _still_calibrated(self) -> None:
-        """After the parity gate: exits that were calibrated with a type that may not be used hold no more."""
-        if self._built.calibration is not None and (why := self._not_calibrated_for()):
-            raise ModelError(
-                f"the calibration's exits do not hold: {why}; set runtime.dtype: float32, and calibrate again"
-            )
+    def _leave_exits_out(self, why: str, say: Callable[[str], None] = lambda text: None) -> None:
+        """Build anew without the calibration's exits."""
+        self._engine.close()
+        with collector_paused():
+            self._built = build(self.config, say=say, without_exits=why)
+        self.runners = Runners(self.config, self._built, self._device)
+        self._engine = Engine(self.config, self._built, self._limits, self.runners)
+        self.runners.resolved()
+
+    def _proved(self, prove: Callable[[Runners], None]) -> None:
+        """Through the parity gate: exits that were calibrated with a type that may not be used hold no more."""
+        prove(self.runners)
+        if why := self._not_calibrated_for():
+            if self.runners.observers.any():  # they look at places of this graph
+                raise ModelError(f"the calibration's exits do not hold: {why}; set runtime.dtype: float32")
+            self._leave_exits_out(why)
+            prove(self.runners)
 
     @classmethod
     def load(
@@ -253,8 +261,7 @@ class Pipeline:
         """Decide how a job of these samples runs, before its first batch, and make ready for it: what only many
         samples win back is measured, and compiled for. Once a batch has run it stays as it is."""
         with self._lock:
-            self.runners.settle(samples, self._limits)
-            self._still_calibrated()
+            self._proved(lambda runners: runners.settle(samples, self._limits))
 
     def job_settings(self, samples: Sequence[Sample]) -> JobSettings:
         """Settles how these samples will run; what a folder job needs to know of it."""
@@ -319,8 +326,7 @@ class Pipeline:
         with self._lock:
             if kind == "call":
                 self.runners.called()
-            self.runners.prove(kind, samples, self._limits)
-            self._still_calibrated()
+            self._proved(lambda runners: runners.prove(kind, samples, self._limits))
             return self._engine.run(samples, wish, answered)
 
     def run_shards(
@@ -339,9 +345,9 @@ class Pipeline:
         answered, in order; it must not use the pipeline."""
         wish = Wish(exits=exits, deliberate=deliberate, embeddings=embeddings, alone=alone)
         with self._lock:
-            for shard in shards[:1]:
-                self.runners.prove("batch", shard, self._limits)
-                self._still_calibrated()
+            if shards:
+                first = shards[0]
+                self._proved(lambda runners: runners.prove("batch", first, self._limits))
             self._engine.run_shards(shards, wish, done, answered)
 
     def _run_list(

@@ -17,7 +17,7 @@ from mmpipe import decoders, machine, workers
 from mmpipe.budget import Budget, shown
 from mmpipe.cache import folder as cache_folder
 from mmpipe.config import Config
-from mmpipe.config.check import ON_THE_HOST
+from mmpipe.config.check import ON_A_GPU, ON_THE_HOST
 from mmpipe.config.values import OWN, parse_model
 from mmpipe.errors import ConfigError
 from mmpipe.graphs import cost
@@ -53,7 +53,12 @@ def device_of(config: Config) -> Device:
     this machine has none such."""
     name = config.runtime.device
     if name == "auto":
-        return _gpu(config) or device_for("cpu")
+        if (found := _gpu(config)) is not None:
+            return found
+        if config.runtime.backend in ON_A_GPU:
+            message = f"{config.runtime.backend} computes on an NVIDIA GPU, and PyTorch sees none that it can use"
+            raise config.error("runtime.backend", message, "backend: eager, inductor, openvino or onnx")
+        return device_for("cpu")
     try:
         return device_for(name)
     except RuntimeError as error:

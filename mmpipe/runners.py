@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Runners:
         self.resizes = any(isinstance(one.prepare, resizing.Resized) for one in built.preparations.values())
         if self.resizes:
             resizing.take(compiled_folder())
-        self._proved: set[tuple[str, str, str]] = set()  # (segment, backend, type) that went through the parity gate
+        self._proved: set[Hashable] = set()  # what went through the parity gate
         self._cut: Cut | None = None
         self._version = -1
         self._resolved: dict[Kind, Resolved] = {}
@@ -77,6 +77,7 @@ class Runners:
             if self._version != self._as_built:  # edited: of the encoder as it was loaded nothing more can be made
                 self.lowering.shorter.clear()
             self._plans.clear()
+            self._proved.clear()
         return self._cut
 
     def resolved(self, kind: Kind = "batch", rows: int = 0) -> Resolved:
@@ -136,6 +137,7 @@ class Runners:
                 resizing.settle(compiled_folder(), samples, limits, workers)
         self.prove("batch", samples, limits)
         if "batch" not in self._executors:
+            self.lowering.forget_others(self.cut, self._resolved.values())
             give_back_freed_memory()  # of what was measured and not taken, and of the gate
         self.executor("batch", True)
 
@@ -165,7 +167,9 @@ class Runners:
             if self.shift.ok:
                 self._proved |= self._ways(kind)
                 return
-            branches = self.shift.turned or [s.branch for s in self._lowered_segments(kind)]
+            # one that turns without having been lowered (it makes NaN, say) has nothing to be refused
+            turned = [branch for branch in self.shift.turned if branch not in self.lowering.refused]
+            branches = turned or [s.branch for s in self._lowered_segments(kind)]
             self.lowering.refused.update(dict.fromkeys(branches, self.shift.why()))
             for one in ("batch", "call"):
                 self._forget_decision(one)
@@ -182,9 +186,18 @@ class Runners:
         if self._call_before is not None:
             self._resolved["call"] = self._call_before
 
-    def _ways(self, kind: Kind) -> set[tuple[str, str, str]]:
-        """What is lowered otherwise than eager float32."""
-        return {(name, choice.backend, choice.dtype) for name, choice in self.resolved(kind).segments.items()}
+    def _ways(self, kind: Kind) -> set[Hashable]:
+        """What is lowered otherwise than eager float32: (segment, how, the bucket where that is built for one)."""
+        segments, way = (
+            self.cut.plan.segments,
+            self.resolved(kind),
+        )  # cut first: what went through before an edit did not
+        bucket = way.batch_size, way.threads
+        chosen = {segment.name: way.segments[segment.name] for segment in segments if segment.name in way.segments}
+        return {
+            (name, choice, () if choice.backend in OPERATION_BY_OPERATION else bucket)
+            for name, choice in chosen.items()
+        }
 
     def _lowered_segments(self, kind: Kind) -> list[Segment]:
         return [self.cut.plan.segment(name) for name in self.resolved(kind).segments]

@@ -8,7 +8,8 @@ core.
 A worker is forked when all is built, packed and compiled, so that it has the models without a copy and is there in
 milliseconds; it ends with the job. It computes with one thread alone: a forked process must not use the threads that
 its parent had. Rows are the same whoever computes them. If a worker ends before its time, this process does its part,
-and decodes it in processes that may die: the one medium that ended it costs its row.
+and decodes it in processes that may die: the one file that ended it costs its row. What is given as bytes, and what
+can't be sent, is decoded here after all.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ import pytest
 import torch
 from support import shop
 
-from mmpipe import Pipeline
+from mmpipe import Pipeline, runners
 from mmpipe.calibrated import Calibration, mismatch, parse_calibration, write_calibration
 from mmpipe.config import load
 from mmpipe.encoders import tiny
 from mmpipe.errors import ConfigError
+from mmpipe.parity import Shift
+from mmpipe.types import Sample
 
 MADE = {
     "version": 1,
@@ -227,3 +229,33 @@ def test_a_file_that_is_not_there_is_a_config_error(weights, tmp_path):
     written["fusion"]["calibration"] = str(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="does not exist"):
         load(written)
+
+
+@pytest.mark.parametrize("way", ["predict", "call", "run"])
+def test_exits_of_a_type_that_the_parity_gate_refuses(weights, tmp_path, core, monkeypatch, way):
+    """They were certified for it: `on_mismatch` says what becomes of them, then too."""
+    shift, item = runners.Runners._shift, {"text": "a red mug"}
+    asked = {"runtime": {"dtype": "bfloat16", "cache": "off"}}
+
+    def refusing(self, kind, real):
+        lowered = self.resolved(kind).segments.values()
+        return Shift({"text": 0.5}, 0.0, 0, 4) if "bfloat16" in {c.dtype for c in lowered} else shift(self, kind, real)
+
+    def asking(pipeline):
+        if way == "predict":
+            return pipeline.predict([item])[0]
+        return pipeline(**item) if way == "call" else pipeline.run([Sample("a", item)])[0][0]
+
+    with Pipeline.load({**shop.config(weights, shop.EXITS), **asked}) as plain:
+        kinds = {"dtypes": dict(plain.dtypes), "backends": plain.resolved.backend.split("+")}
+        content = bound(core, dtype=plain.resolved.dtype, **kinds)
+    monkeypatch.setattr(runners.Runners, "_shift", refusing)
+    with Pipeline.load({**config(weights, tmp_path / "c.json", content), **asked}) as pipeline:
+        assert len(pipeline.plan.exits) == 3
+        with pytest.raises(ConfigError, match="does not hold here"):
+            asking(pipeline)
+    with Pipeline.load({**config(weights, tmp_path / "c.json", content, on_mismatch="full"), **asked}) as pipeline:
+        assert len(pipeline.plan.exits) == 3
+        assert asking(pipeline).answered_by == "all"
+        assert [exit_.name for exit_ in pipeline.plan.exits] == ["all"]
+        assert any("does not hold" in note for note in pipeline.notes)

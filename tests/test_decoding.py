@@ -183,8 +183,8 @@ def test_a_file_that_processes_hand_back_is_counted_once(weights, tmp_path, monk
     path, most, take = tmp_path / "x.png", [0], Room._take
     Image.new("RGB", (2000, 1500)).save(path)
 
-    def counted(room, count, must):
-        take(room, count, must)
+    def counted(room, count, more):
+        take(room, count, more)
         most[0] = max(most[0], room.used_bytes)
 
     monkeypatch.setattr(Room, "_take", counted)

@@ -256,6 +256,53 @@ def test_calls_stay_as_they_were_where_native_is_not_at_parity(attentive, monkey
         assert pipeline.runners.resolved("call").backend == "eager"
 
 
+def test_an_encoder_that_makes_no_numbers_does_not_hold_the_gate_for_ever(attentive, monkeypatch):
+    """NaN is far from float32's NaN too: once there is nothing left to refuse of it, the others are."""
+    pipeline, _ = attentive
+    gates = []
+
+    def seen(self, kind, real):
+        gates.append(set(self.resolved(kind).segments))
+        return Shift({"another": float("nan")}, 0.0, 0, 4)
+
+    monkeypatch.setattr(runners.Runners, "_shift", seen)
+    monkeypatch.setattr(kernels, "ready", lambda folder: True)
+    monkeypatch.setattr(lowering, "lower", lambda backend, *rest: backends.lower("eager", *rest))
+    pipeline(text="red oak desk")
+    assert len(gates) <= 3
+    assert not pipeline.runners.resolved("call").segments
+
+
+def test_what_the_gate_refused_needs_no_memory(attentive, monkeypatch):
+    pipeline, _ = attentive
+    shift = runners.Runners._shift
+
+    def refusing(self, kind, real):
+        found = shift(self, kind, real)  # lowers what it compares
+        return Shift({"text": 0.5}, 0.0, 0, 4) if self.resolved(kind).segments else found
+
+    monkeypatch.setattr(kernels, "ready", lambda folder: True)
+    monkeypatch.setattr(lowering, "lower", lambda backend, *rest: backends.lower("eager", *rest))
+    monkeypatch.setattr(runners.Runners, "_shift", refusing)
+    pipeline.embed([{"text": "red oak desk"}])
+    choices = {key[1] for key in pipeline.runners.lowering._kept}
+    assert choices <= {*pipeline.runners.resolved("batch").segments.values(), PLAIN}
+
+
+def test_an_edited_graph_goes_through_the_gate_again(attentive, monkeypatch):
+    pipeline, _ = attentive
+    gates, shift = [], runners.Runners._shift
+    monkeypatch.setattr(kernels, "ready", lambda folder: True)
+    monkeypatch.setattr(lowering, "lower", lambda backend, *rest: backends.lower("eager", *rest))
+    monkeypatch.setattr(runners.Runners, "_shift", lambda self, *given: gates.append(1) or shift(self, *given))
+    for expected in (1, 1):
+        pipeline(text="red oak desk")
+        assert len(gates) == expected
+    pipeline.graph.recompile()
+    pipeline(text="red oak desk")
+    assert len(gates) == 2
+
+
 def test_attention_that_was_compiled_before_is_used_by_any_job(attentive, monkeypatch):
     pipeline, _ = attentive
     monkeypatch.setattr(kernels, "ready", lambda folder: True)

@@ -336,3 +336,15 @@ def test_beside_a_gpu_the_host_computes_on_one_thread(weights):
         ways = [resolve(config, pipeline.runners.cut, host, kind) for kind in ("batch", "call")]
     assert [way.threads for way in ways] == [1, 1]
     assert all("a GPU computes" in way.reasons["threads"] for way in ways)
+
+
+def test_a_backend_for_gpus_says_so_where_there_is_none(weights, monkeypatch):
+    """With `device: auto` too; a GPU that is there is taken."""
+    config = configured(weights, backend="tensorrt")
+    monkeypatch.setattr(placing, "cuda_devices", lambda: 0)
+    with pytest.raises(ConfigError, match="tensorrt computes on an NVIDIA GPU, and PyTorch sees none") as caught:
+        placing.device_of(config)
+    assert caught.value.path == "runtime.backend"
+    gpu = object()
+    monkeypatch.setattr(placing, "_gpu", lambda config: gpu)
+    assert placing.device_of(config) is gpu

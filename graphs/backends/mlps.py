@@ -130,7 +130,8 @@ def _kept(made: fx.GraphModule, product: fx.Node) -> tuple[fx.Node, fx.Node]:
     weight: Any = product.args[1]
     bias: Any = product.args[2] if len(product.args) > 2 else None
     matrix = get_tensor(made, str(weight.target))
-    names = f"{weight.target}_tiled", f"{weight.target}_tiled_bias"
+    # equal matrices are one tensor, whose products may have biases of their own
+    names = f"{weight.target}_tiled", f"{weight.target}_tiled_{'no' if bias is None else bias.target}_bias"
     set_tensor(made, names[0], once(matrix, "tiled", lambda: tiled(shortened(matrix, torch.bfloat16))))
     set_tensor(made, names[1], _long(matrix, None if bias is None else get_tensor(made, str(bias.target))))
     nodes = made.graph.get_attr(names[0]), made.graph.get_attr(names[1])

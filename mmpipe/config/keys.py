@@ -18,6 +18,7 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from mmpipe.config.check import anchor_paths, labels_of, problems_of
@@ -52,6 +53,20 @@ Column = Literal["id", "image", "text", "audio"]
 class _Keys(BaseModel):
     # defer_build: validators are made on first use; takes a fifth off the import, which `mmpipe --help` waits for
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_there(cls, given: object) -> object:
+        """A list, mapping or section with nothing behind its key (only comments, say) is as one that is not there."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or not cls._holds_several(key)}
+
+    @classmethod
+    def _holds_several(cls, key: object) -> bool:
+        field = cls.model_fields.get(key) if isinstance(key, str) else None
+        default = None if field is None else field.get_default(call_default_factory=True)
+        return isinstance(default, tuple | Mapping | BaseModel)
 
 
 class EncoderConfig(_Keys):

@@ -118,7 +118,8 @@ def describe(at: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         low, high = at.get("minimum"), at.get("maximum")
         if low is not None and high is not None:
             return f"{noun} from {low:g} to {high:g}" if kind == "number" else f"{noun} from {low} to {high}"
-        return f"{noun} above {at['exclusiveMinimum']}" if "exclusiveMinimum" in at else noun
+        above = f"{noun} above {at['exclusiveMinimum']}" if "exclusiveMinimum" in at else noun
+        return above if high is None else f"{above} and at most {high:g}"
     if kind == "string":
         return (
             "a share (5%)"

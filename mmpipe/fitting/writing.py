@@ -19,6 +19,7 @@ from mmpipe.config.keys import PATH_KEYS
 from mmpipe.fitting.training import MAX_DISAGREEMENT, Fitted
 from mmpipe.fusion.checkpoint import save_checkpoint
 
+_KEPT = ("options", "confidence", "audit", "deliberate", "on_mismatch")  # of fusion: the rest is about another head
 CHECKPOINT, CONFIG, REPORT = "head.safetensors", "config.yaml", "fit.html"
 
 
@@ -56,7 +57,7 @@ def write_config(folder: Path, config: Config, fitted: Fitted, labels: Sequence[
         for exit_, threshold in zip(fitted.exits, fitted.thresholds, strict=True)
         if threshold is not None
     ]
-    fusion = {key: value for key, value in data.get("fusion", {}).items() if key in ("options", "confidence")}
+    fusion = {key: value for key, value in data.get("fusion", {}).items() if key in _KEPT}
     output = {"folder": f"out/{folder.resolve().name}", **data.get("output", {})}
     sections: list[tuple[str, dict[str, Any]]] = [
         ("", {"task": "classify", "labels": list(labels)}),

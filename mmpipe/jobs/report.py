@@ -134,7 +134,7 @@ def _figures(tally: Tally, run: Mapping[str, Any], there: int, never: int) -> li
         figures.append(("samples a second", number(run["items_per_second"]), f"in {seconds(total)}" if total else ""))
     if tally.recalled:
         known, looked = tally.recalled.total(), tally.recalled.total() + tally.missed.total()
-        figures.append(("known from before", percent(known, looked), f"{known:,} of {looked:,} embeddings"))
+        figures.append(("known already", percent(known, looked), f"{known:,} of {looked:,} embeddings"))
     figures.append(("failed", f"{tally.status['failed']:,}", f"{tally.status['partial']:,} partial"))
     return figures
 

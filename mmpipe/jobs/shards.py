@@ -19,8 +19,8 @@ FOLDER = "predictions"
 
 _NAMES = pa.list_(pa.string())
 _COLUMNS = [
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("status", pa.string(), nullable=False),
+    pa.field("id", pa.string()),
+    pa.field("status", pa.string()),
     pa.field("error", pa.string()),
     pa.field("label", pa.string()),
     pa.field("confidence", pa.float32()),

@@ -213,25 +213,29 @@ def show_listing(listing: media.Listing, modalities: Sequence[str], console: Out
         return
     many = len(listing.unmatched)
     out.print("1 file belongs to no item:" if many == 1 else f"{many:,} files belong to no item:")
-    for line in _unmatched(listing.unmatched):
+    for line in _unmatched(listing.unmatched, brief=out.is_terminal):
         out.print(f"  {line}", soft_wrap=True)
 
 
-def _unmatched(files: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each file; of many hidden ones, and of many that are no media, the first and then counts."""
+def _unmatched(files: Sequence[tuple[str, str]], *, brief: bool) -> list[str]:
+    """A line for each file. `brief`: of many hidden ones, and of many that are no media, the first and then counts."""
+    if not brief:
+        return [f"{visible(path)}: {visible(reason)}" for path, reason in files]
     known = {suffix for suffixes in media.SUFFIXES.values() for suffix in suffixes}
     hidden = [path for path, reason in files if reason == "hidden"]
     others = [path for path, reason in files if reason != "hidden" and PurePosixPath(path).suffix.lower() not in known]
     shown = {*hidden[:_HIDDEN], *others[:_OTHERS]}
     counted = {*hidden[_HIDDEN:], *others[_OTHERS:]}
     lines = [f"{visible(path)}: {visible(reason)}" for path, reason in files if path in shown or path not in counted]
+    kinds_left = False
     for rest, kind in ((hidden[_HIDDEN:], "hidden"), (others[_OTHERS:], "that are no media")):
         if rest:
             names = Counter(_kind(path, by_name=kind == "hidden") for path in rest).most_common(5)
             lines.append(
                 f"and {len(rest):,} more {kind}: " + ", ".join(f"{count:,} {visible(name)}" for name, count in names)
             )
-    return lines
+            kinds_left = True
+    return [*lines, "all of them where this is no terminal: check … | less"] if kinds_left else lines
 
 
 def _kind(path: str, *, by_name: bool) -> str:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
+from mmpipe.errors import MmpipeError
+
 T = TypeVar("T")
 R = TypeVar("R")
 _Task = tuple["Future[Any]", Callable[[Any], Any], Any]  # load(item) → future
@@ -82,12 +84,18 @@ class Ahead:
         import torch  # `mmpipe check` reads folders with this package, and needs no torch
 
         computing = torch.get_num_threads()
-        begun = threading.Barrier(self.workers + 1)
+        begun = threading.Semaphore(0)
         for number in range(self.workers):
             thread = threading.Thread(target=self._work, args=(begun,), name=f"mmpipe-ahead_{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system allows no more: those that are there do it
+                if not self._threads:
+                    raise MmpipeError(f"no thread can be started that decodes media: {error}") from error
+                break
             self._threads.append(thread)
-            thread.start()
-        begun.wait()
+        for _ in self._threads:
+            begun.acquire()
         torch.set_num_threads(computing)  # of MKL's threads there is one number for all
 
     def hungry(self, is_so: bool) -> None:
@@ -97,10 +105,10 @@ class Ahead:
                 self._hungry = is_so
                 self._turn.notify_all()
 
-    def _work(self, begun: threading.Barrier) -> None:
+    def _work(self, begun: threading.Semaphore) -> None:
         """A thread's life. It takes the oldest task when it may begin, not before: the consumer waits for that one."""
         _alone()
-        begun.wait()
+        begun.release()
         while (task := self._next()) is not None:
             future, load, item = task
             if future.set_running_or_notify_cancel():

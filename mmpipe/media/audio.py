@@ -127,6 +127,13 @@ def _peak_bytes(sound: Any, size_bytes: int, limits: Limits, max_seconds: float 
     return 8 * frames + 4 * min(frames * channels, _BLOCK_VALUES)
 
 
+def _check_rate(rate_hz: int) -> None:
+    if rate_hz < 1:
+        raise MediaError("audio", "corrupt", "its header gives no sample rate")
+    if rate_hz > _HIGHEST_RATE_HZ:
+        raise MediaError("audio", "corrupt", f"its header gives a rate of {rate_hz:,} Hz, over {_HIGHEST_RATE_HZ:,}")
+
+
 def estimate_memory_bytes(source: Any) -> int:
     """Peak bytes of `from_memory`: of what is added to what is there."""
     size = 1
@@ -168,8 +175,7 @@ def _from_soundfile(
 ) -> Sound:
 
     rate_hz, channels = int(sound.samplerate), int(sound.channels)
-    if rate_hz > _HIGHEST_RATE_HZ:
-        raise MediaError("audio", "corrupt", f"its header gives a rate of {rate_hz:,} Hz, over {_HIGHEST_RATE_HZ:,}")
+    _check_rate(rate_hz)
     told = 0 <= sound.frames < _UNKNOWN_FRAMES and sound.format != "MP3"  # an MP3's is a guess from its bit rate
     longest = int(limits.audio_minutes * 60 * rate_hz) + 1
     if told:
@@ -267,8 +273,7 @@ def _from_av(file: BinaryIO, limits: Limits, max_seconds: float | None, start_se
                 raise MediaError("audio", "unsupported", "there is no sound in it")
             stream = container.streams.audio[0]
             rate_hz = int(stream.codec_context.sample_rate)
-            if rate_hz < 1:
-                raise MediaError("audio", "corrupt", "its header gives no sample rate")
+            _check_rate(rate_hz)
             if stream.duration is not None and stream.time_base is not None:
                 declared = int(stream.duration * stream.time_base * rate_hz)
                 _check_length(declared, rate_hz, limits)
@@ -279,6 +284,7 @@ def _from_av(file: BinaryIO, limits: Limits, max_seconds: float | None, start_se
             for frame in container.decode(stream):
                 for planar in [frame] if frame.format.name == "fltp" else resampler.resample(frame):
                     rate_hz = int(planar.sample_rate)
+                    _check_rate(rate_hz)
                     block = _mean(planar.to_ndarray())
                     passed = max(0, round(start_seconds * rate_hz) - got)
                     got += len(block)

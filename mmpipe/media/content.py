@@ -14,7 +14,7 @@ from mmpipe.media.limits import Limits
 from mmpipe.media.views import View
 
 _CHUNK = 1 << 18  # bytes read at once
-_MOST_BYTES = 64_000_000  # of a file: reading more takes longer than encoding what is heard of it
+_MOST_BYTES = 64_000_000  # reading more takes longer than encoding what is heard of it
 _FRESH_SECONDS = 2.0  # a file as young as this may be written to within one tick of its clock
 
 
@@ -30,7 +30,7 @@ class Content:
 def content_of(modality: str, source: Any, limits: Limits = Limits()) -> Content | None:  # noqa: B008 - frozen
     """What `load` would decode, as a hash of its bytes. A file is read, within `limits`, and not decoded.
 
-    None for what has no bytes to tell it by (a PIL image, a list), for files of more than 64 MB, and for what can't be
+    None for what has no bytes to tell it by (a PIL image, a list), for more than 64 MB of them, and for what can't be
     read: `load` says why. Never raises.
     """
     try:
@@ -80,7 +80,10 @@ def _of_file(modality: str, source: Any, limits: Limits) -> Content | None:
 
 
 def _of_array(source: Any, kind: bytes) -> Content | None:
+    if source.nbytes > _MOST_BYTES:
+        return None
     if hasattr(source, "detach") and hasattr(source, "numpy"):  # a tensor: torch is not imported here
+        kind += b" tensor"  # whose first dimension may be channels where an array's is rows
         source = source.detach().cpu().numpy()
     import numpy as np  # not needed where samples are only found
 

@@ -47,7 +47,7 @@ def load(
     grey: a file's picture that is grey stays grey, in mode L. In RGB its three channels would be the same.
 
     reserve: called with the bytes that a picture or a sound takes at its peak, as its header says, before it is
-    decoded; it may wait.
+    decoded; with those that a large file takes to be opened before that, and both are held. It may wait.
 
     source: a Path or bytes; a str, which is the text itself, else a path; a PIL image; an array or tensor of pixels
     ([h, w], [h, w, c] or [c, h, w]; whole numbers 0..255 or floats 0..1); (samples [n] or [channels, n], rate_hz); a

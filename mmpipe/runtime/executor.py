@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpipe.errors import MmpipeError
+from mmpipe.errors import Interrupted, MmpipeError
 from mmpipe.graphs.backends import Lowered
 from mmpipe.graphs.plan import Plan
 from mmpipe.runtime.cascade import Cascade
@@ -93,7 +93,7 @@ class Executor:
         """Run shards to their answers, the next one beginning where the last has nothing left to begin with. `done`
         gets what became of each, in order.
 
-        Raises MmpipeError that names the segment where a model, or memory, gave way.
+        Raises MmpipeError that names the segment where a model, or memory, gave way; Interrupted as it came.
         """
         parallel = len(self.plan.stage_plans[0].stages) > 1
         before = torch.get_num_threads()
@@ -109,6 +109,8 @@ class Executor:
                 run.run(shards, hand_on)
             except StepFailed as error:
                 cause = error.__cause__
+                if isinstance(cause, Interrupted):  # a signal, while a segment was computed on this very thread
+                    raise cause from None
                 reason = (str(cause).splitlines() or ["no memory left" if isinstance(cause, MemoryError) else ""])[0]
                 raise MmpipeError(f"segment {error.step} failed: {type(cause).__name__}: {reason}") from cause
             except StreamClosed as error:

@@ -154,7 +154,7 @@ def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("fusion.heads=linear", "fusion.heads", "head?"),
         ("labels=[a, no]", "labels.1", 'quote it: "no"'),
         ("labels=[a", "", "not valid YAML"),
-        ("fusion=", "fusion", "got null"),
+        ("fusion=3", "fusion", "got 3"),
         ("labels", "", "KEY=VALUE"),
         ("=3", "", "KEY=VALUE"),
         ("a..b=3", "", "KEY=VALUE"),
@@ -378,3 +378,38 @@ def test_the_custom_parts_are_captured_and_sort_pictures_by_colour() -> None:
     absent = captured(pixels[:2], torch.tensor([[True], [False]]))
     assert absent[1].unique().numel() == 1
     assert absent[0].unique().numel() > 1
+
+
+def test_a_key_with_nothing_behind_it(tmp_path: Path) -> None:
+    """All of it a comment, say: as if the key did not stand there."""
+    sections = "fusion:\nruntime:\n  # batch_size: 8\ninput: {keep: , pattern: , columns: }\noutput: {}\n"
+    config = load(
+        written(tmp_path, f"task: classify\nlabels: [a, b]\nencoders: {{text: {{model: hf:a/b}}}}\n{sections}")
+    )
+    assert (config.fusion.exits, config.fusion.head) == ((), "zero_shot")
+    assert (config.input.keep, dict(config.input.pattern)) == ((), {})
+    config = load(written(tmp_path, EXAMPLE), overrides=["fusion.exits=null", "fusion.modalities=null"])
+    assert (config.fusion.exits, dict(config.fusion.modalities)) == ((), {})
+    for key in ("labels", "encoders", "encoders.text", "output.top_k", "runtime.batch_size"):
+        assert refused(written(tmp_path, EXAMPLE), overrides=[f"{key}=null"]).path == key
+
+
+def test_a_pattern_replaces_pair_by() -> None:
+    config = load("quickstart", overrides=['input.pattern={image: "{id}.jpg"}'])
+    assert config.input.pattern == {"image": "{id}.jpg"}
+
+
+def test_labels_from_json_may_hold_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text('["red", "A\\ud83d"]')
+    text = "task: classify\nlabels_file: labels.json\nencoders: {text: {model: hf:a/b}}\n"
+    error = refused(written(tmp_path, text))
+    assert (error.path, "half a character" in str(error)) == ("labels_file", True)
+
+
+def test_a_calibration_has_exits_of_its_own(tmp_path: Path) -> None:
+    """Which probes they need is known when it has been read: the checkpoint may be for them, or missing."""
+    for name in ("c.json", "probes.safetensors"):
+        (tmp_path / name).touch()
+    start = "task: classify\nlabels: [a, b]\nencoders: {text: {model: hf:a/b}}\nfusion:\n  calibration: c.json\n"
+    assert load(written(tmp_path, f"{start}  checkpoint: probes.safetensors\n")).fusion.checkpoint
+    assert load(written(tmp_path, f"{start}  exits: [{{after: text.layer1, threshold: 0.9}}]\n")).fusion.exits

@@ -176,7 +176,12 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     (f"{START}runtime: {{device: gpu}}\n", 4, "runtime.device", "cuda:N"),
     (f"{START}runtime: {{device: cuda, backend: onnx}}\n", 4, "runtime.backend", "onnx computes on the CPU"),
     (f"{START}runtime: {{backend: openvino, device: 'cuda:1'}}\n", 4, "runtime.backend", "runtime.device is cuda:1"),
-    (f"{START}runtime: {{backend: tensorrt}}\n", 4, "runtime.backend", "tensorrt computes on an NVIDIA GPU"),
+    (
+        f"{START}runtime: {{device: cpu, backend: tensorrt}}\n",
+        4,
+        "runtime.backend",
+        "tensorrt computes on an NVIDIA GPU",
+    ),
     (f"{START}runtime: {{batch_size: 513}}\n", 4, "runtime.batch_size", "1 to 512"),
     (f"{START}runtime: {{batch_size: yes}}\n", 4, "runtime.batch_size", "1 to 512"),
     (f"{START}runtime: {{memory_limit: 4}}\n", 4, "runtime.memory_limit", "10GB"),
@@ -187,7 +192,6 @@ WRONG: list[tuple[str, int | None, str, str]] = [
     # input, output
     (f"{START}input: {{folder: a, manifest: b.csv}}\n", 4, "input.manifest", "keep one"),
     (f"{START}input: {{manifest: b.xlsx}}\n", 4, "input.manifest", ".parquet"),
-    (f"{START}input: {{pair_by: stem, pattern: {{image: '{{id}}.jpg'}}}}\n", 4, "input.pattern", "pair_by"),
     (f"{START}input: {{pattern: {{image: 'a.jpg'}}}}\n", 4, "input.pattern.image", "{id}"),
     (f"{START}input: {{pattern: {{image: '../{{id}}.jpg'}}}}\n", 4, "input.pattern.image", "leaves"),
     (f"{START}input: {{manifest: a.csv, columns: {{name: sku}}}}\n", 4, "input.columns.name", "id, image"),

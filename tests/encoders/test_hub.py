@@ -31,6 +31,8 @@ from mmpipe.encoders import EncoderError, MissingPackage, hub, load, pull, regis
         ("tiny:image", ("tiny", "image", None)),
         ("my.package:Thing", ("own", "my.package:Thing", None)),
         ("mine:Thing", ("own", "mine:Thing", None)),
+        ("calendar:Calendar", ("own", "calendar:Calendar", None)),
+        ("tiny:here", ("tiny", "here", None)),
     ],
 )
 def test_what_an_id_means(model, expected, tmp_path):
@@ -286,3 +288,8 @@ def test_a_constructor_that_fails_names_the_place(own):
         load("no_such.thing:Mine", "image", base=own)
     with pytest.raises(EncoderError, match="use options"):
         load("my_encoders:Mine", "image", max_tokens=3, base=own)
+
+
+def test_what_an_own_class_needs_is_fetched_with_its_options(own):
+    (own / "my_encoders.py").write_text(OWN.replace("width=4", "width").replace("width=1", "width"))
+    assert hub.pull("my_encoders:Mine", "image", options={"width": 3}, base=own) == []

@@ -79,6 +79,40 @@ def test_open_clip_text_of_fewer_tokens(models, kit):
         load(str(models("open_clip")), "text", max_tokens=41)
 
 
+def test_open_clip_reads_no_more_of_a_long_text_than_it_takes(models, monkeypatch):
+    """To the same ids; one word of 200,000 letters would take its tokeniser a quarter of an hour."""
+    _, _, tokenizer = _open_clip(models("open_clip"))
+    prepare = load(str(models("open_clip")), "text").prepare
+    bpe, longest = type(tokenizer).bpe, [0]
+
+    def seen(self, word):
+        longest[0] = max(longest[0], len(word))
+        return bpe(self, word)
+
+    texts = [
+        "a red shoe, " * 400,
+        "犬が好き。Straße &amp;amp;lt; " * 300,
+        "x " * 3000,
+        "a" * 3000,
+        " \n" * 3000 + "end",
+    ]
+    for text in texts:
+        assert prepare(text)["input_ids"].tolist() == tokenizer([text])[0].tolist(), text[:20]
+    monkeypatch.setattr(type(tokenizer), "bpe", seen)
+    assert prepare("acgt" * 50_000)["input_ids"][-1] == 49407
+    assert 1000 < longest[0] < 10_000
+
+
+def test_open_clip_does_not_remember_words_for_ever(models, monkeypatch):
+    monkeypatch.setattr("mmpipe.encoders.clip._MOST_WORDS", 50)
+    prepare = load(str(models("open_clip")), "text").host
+    before = prepare("a red shoe")["input_ids"].tolist()
+    for number in range(30):
+        prepare(" ".join(f"word{'abcdefghij'[number % 10]}{'xyz'[part]}{number}" for part in range(3)))
+    assert len(prepare.tokenizer.cache) < 60
+    assert prepare("a red shoe")["input_ids"].tolist() == before
+
+
 def test_full_size_vit_b_32(tmp_path, kit):
     import open_clip
 

@@ -163,9 +163,14 @@ def test_limits_shorten_what_is_read(weights: Path) -> None:
     assert note.prepare((np.ones(99_000, np.float32), 16_000))["samples"].shape == (32_000,)
     assert note.max_seconds == 2.0
     assert note.module(torch.zeros(2, 32_000)).shape == (2, 64)
-    for name, modality, limit in (("title", "text", {"max_tokens": 99}), ("note", "audio", {"max_seconds": 9.0})):
-        with pytest.raises(EncoderError, match="is not between"):
-            tiny.load(name, modality, weights=weights / f"{name}.safetensors", **limit)  # type: ignore[arg-type]
+    long = tiny.load("note", "audio", weights=weights / "note.safetensors", max_seconds=9.0)
+    assert long.max_seconds == tiny.NOTE_SECONDS
+    with pytest.raises(EncoderError, match="is not between") as caught:
+        tiny.load("title", "text", weights=weights / "title.safetensors", max_tokens=99)
+    assert caught.value.key == "max_tokens"
+    with pytest.raises(EncoderError, match=r"max_seconds 0\.2 is below 0\.256") as caught:
+        tiny.load("note", "audio", weights=weights / "note.safetensors", max_seconds=0.2)
+    assert caught.value.key == "max_seconds"
 
 
 def test_errors_say_what_to_do(weights: Path, tmp_path: Path) -> None:

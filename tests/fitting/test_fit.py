@@ -73,6 +73,8 @@ def place(tmp_path_factory, weights):
             {"after": ["image", "text"], "threshold": 0.9},
             {"after": "head.layer1", "threshold": 0.9},
         ],
+        "audit": {"share": "2%"},
+        "on_mismatch": "full",
     }
     shop.write(folder / "fit.yaml", made)
     return folder
@@ -116,6 +118,8 @@ def test_what_is_written_runs_and_knows_the_labels(fitted, place, call):
     assert "1 image could not be used" in told
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["labels"] == LABELS
+    assert config["fusion"]["audit"] == {"share": 0.02}  # what is not about the head stays as it was
+    assert config["fusion"]["on_mismatch"] == "full"
     assert not any(os.path.isabs(encoder["weights"]) for encoder in config["encoders"].values())
     truth = dict(rows_of(place))
     code, _, told = call("run", "done/config.yaml", "--input", "media", "--output", "predicted", "--json")

@@ -18,6 +18,7 @@ from support import shop, words
 
 from mmpipe import Interrupted, MmpipeError, OutputError, Pipeline
 from mmpipe.jobs.progress import Silent
+from mmpipe.runtime import streams
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +311,25 @@ def slow_run(tmp_path, name):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return process
+
+
+def test_a_signal_while_a_segment_is_computed_is_no_failure_of_the_model(plain, tmp_path, monkeypatch):
+    """With one process it is computed on the thread that signals come to."""
+    folder, do, steps = words.texts(tmp_path / "media", 60), streams._do, []
+
+    def do_and_ctrl_c(work, run, step, stream):
+        def work_and_ctrl_c():
+            work()
+            steps.append(step)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)  # Python calls its handler between two of its own operations
+
+        do(work_and_ctrl_c, run, step, stream)
+
+    monkeypatch.setattr(streams, "_do", do_and_ctrl_c)
+    with pytest.raises(Interrupted) as caught:
+        plain.run_folder(folder, tmp_path / "out")
+    assert len(steps) == 3
+    assert caught.value.exit_code == 130
+    assert run_json(tmp_path / "out")["interrupted"] is True

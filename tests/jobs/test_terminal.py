@@ -129,3 +129,32 @@ def test_a_listing():
     assert "[red]5" not in text
     assert "2 files belong to no item:" in text
     assert "  x.jpg\\x1b: no encoder for image" in text
+
+
+def test_a_terminal_is_not_flooded_and_a_pipe_gets_all(monkeypatch):
+    stray = tuple((f"{number}/.DS_Store", "hidden") for number in range(300))
+    listing = Listing(
+        [Sample("a", {"text": "t"})], (*stray, ("x.jpg", "no encoder for image")), {"text": 1}, {"text": 1}
+    )
+    assert sum("DS_Store: hidden" in line for line in printed(show_listing, listing, ["text"])) == 300
+    monkeypatch.setattr(Output, "is_terminal", True)
+    stream = io.StringIO()
+    show_listing(listing, ["text"], console=Output(stream, 80))
+    told = stream.getvalue()
+    assert len(told.splitlines()) < 25
+    assert "and 295 more hidden: 295 .DS_Store" in told
+    assert "x.jpg: no encoder for image" in told
+    assert "check … | less" in told.splitlines()[-1]
+
+
+def test_a_share_is_counted_as_it_is_written():
+    """29 of 100 are 29%: in binary, 0.29 times 100 is less than 29."""
+    for rows in range(1, 400):
+        for percent in range(101):
+            failed = percent * rows // 100
+            for count, expected in ((failed, 0), (failed + 1, 3)):
+                if count <= rows:
+                    status = Counter(ok=rows - count, failed=count)
+                    tally = Tally(("a", "b"), ("all",), ("text",))
+                    tally.rows, tally.status = rows, status
+                    assert Summary(Path(), {}, tally, percent / 100).exit_code() == expected, (count, rows, percent)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmpipe.errors import MmpipeError
 from mmpipe.media import Ahead, Here
 
 
@@ -333,3 +334,25 @@ def test_its_threads_compute_alone_and_the_consumer_as_before() -> None:
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_a_system_that_allows_no_more_threads(monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    """Those that could be started do it; where there is none it is an error, and nobody waits for ever."""
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("mmpipe-ahead") and len(own_threads()) >= allowed:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with Ahead(4, items_ahead=2) as ahead:
+        queue = ahead.queue(lambda item: item)
+        if allowed:
+            queue.put(range(9))
+            assert [queue.get() for _ in range(9)] == list(range(9))
+        else:
+            with pytest.raises(MmpipeError, match="can't start new thread"):
+                ahead.submit(str, 1)
+    assert own_threads() == []

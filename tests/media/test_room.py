@@ -69,11 +69,73 @@ def test_who_needs_much_is_not_passed_for_ever() -> None:
     assert sorted(order) == [1, 2, 9]
 
 
-def test_a_share_waits_once_and_is_given_back_whatever_happens() -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    costs=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20)), min_size=1, max_size=30),
+    limit=st.integers(1, 20),
+    threads=st.integers(1, 6),
+)
+def test_who_needs_more_waits_for_it_too(costs: list[tuple[int, int]], limit: int, threads: int) -> None:
+    """Over the bound goes one at most, and what others hold meanwhile is what they took to begin with."""
+    room, lock, left = Room(limit), threading.Lock(), list(enumerate(costs))
+    begun: dict[int, int] = {}
+    grown: dict[int, int] = {}
+    over: list[tuple[dict[int, int], dict[int, int]]] = []
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not left:
+                    return
+                number, (first, more) = left.pop()
+            with room.share() as share:
+                share.take(first)
+                with lock:
+                    begun[number] = first
+                share.take(more)
+                with lock:
+                    grown[number] = more
+                    if sum(begun.values()) + sum(grown.values()) > limit and len(grown) > 1:
+                        over.append((dict(begun), dict(grown)))
+                time.sleep(1e-4)
+                with lock:
+                    del begun[number], grown[number]
+
+    running = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(30)
+        assert not one.is_alive()
+    assert not over
+    assert (room.used_bytes, room._holders) == (0, 0)
+
+
+def test_large_ones_go_one_after_the_other() -> None:
+    """Each opened first, for little, and then decoded, for much."""
+    room, most = Room(100), [0]
+
+    def decode() -> None:
+        with room.share() as share:
+            share.take(4)
+            share.take(40)
+            most[0] = max(most[0], room.used_bytes)
+            time.sleep(0.01)
+
+    running = [threading.Thread(target=decode, daemon=True) for _ in range(8)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(30)
+        assert not one.is_alive()
+    assert most[0] <= 100
+
+
+def test_a_share_does_not_wait_for_itself_and_is_given_back_whatever_happens() -> None:
     room = Room(10)
     with contextlib.suppress(KeyError), room.share() as share:
         share.take(8)
-        share.take(50)  # holds some already: it must not wait for itself
+        share.take(50)
         assert room.used_bytes == 58
         raise KeyError
     with room.share():

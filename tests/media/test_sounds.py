@@ -146,3 +146,21 @@ def test_no_sound(source: Any, code: str) -> None:
     with pytest.raises(MediaError) as info:
         load("audio", source)
     assert info.value.code == code
+
+
+@pytest.mark.parametrize("rate", [0.0, 2e8])
+def test_a_rate_that_no_sound_has_in_a_container(rate: float, tmp_path: Path) -> None:
+    """Of which ten seconds would be all that a file holds, and many times as much in memory."""
+    av = pytest.importorskip("av")
+    with av.open(f"{tmp_path}/x.mkv", "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=RATE_HZ)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray((tone().T * 30_000).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate = RATE_HZ
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    data = (tmp_path / "x.mkv").read_bytes()
+    assert len(load("audio", data)[0]) == RATE_HZ
+    written = struct.pack(">d", RATE_HZ)
+    assert data.count(written) == 1
+    with pytest.raises(MediaError, match=r"audio:corrupt: its header gives (no sample rate|a rate of 200,000,000 Hz)"):
+        load("audio", data.replace(written, struct.pack(">d", rate)), max_seconds=1)

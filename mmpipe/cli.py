@@ -140,11 +140,11 @@ def predict(
     with reporting():
         if image is None and text is None and audio is None:
             raise ConfigError("nothing to predict", hint="give --image, --text or --audio")
-        for option, path in (("--image", image), ("--audio", audio)):
-            if path is not None and not path.exists():
-                raise ConfigError(f"{str(path)!r}: there is no such file", where=option)
-        loaded = load(config, set_)
         words: Any = Path(text[1:]) if text is not None and text.startswith("@") else text
+        for option, given in (("--image", image), ("--text", words), ("--audio", audio)):
+            if isinstance(given, Path) and not given.exists():
+                raise ConfigError(f"{str(given)!r}: there is no such file", where=option)
+        loaded = load(config, set_)
         from mmpipe import Pipeline
 
         with Pipeline(loaded) as pipeline:

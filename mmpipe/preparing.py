@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmpipe.build import Preparation
 from mmpipe.errors import MediaError, MmpipeError
 
 _MOST_TOLD = 500  # characters
+_FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^\s/'\"]+/)+")  # before the name of a file: rows travel, and hold no folders
 
 
 def prepared(
@@ -38,5 +40,5 @@ def prepared(
     except MmpipeError:
         raise
     except (Exception, SystemExit) as error:  # a user's own code may raise anything; one sample must not end a job
-        told = f"{type(error).__name__}: {error}"  # some quote all that they were given
+        told = _FOLDERS.sub("", f"{type(error).__name__}: {error}")  # some quote all that they were given
         raise MediaError(branch, "unusable", told if len(told) <= _MOST_TOLD else told[:_MOST_TOLD] + " …") from error

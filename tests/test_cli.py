@@ -300,6 +300,9 @@ def test_predict_of_a_file_that_is_not_there_is_bad_usage(here):
     code, results, told = here("predict", "words.yaml", "--image", "nope.jpg", "--text", "mug")
     assert (code, results) == (2, "")
     assert "--image: 'nope.jpg': there is no such file" in told
+    code, results, told = here("predict", "words.yaml", "--text", "@nope.txt")
+    assert (code, results) == (2, "")
+    assert "--text: 'nope.txt': there is no such file" in told
 
 
 def test_columns_of_a_table_that_is_given_on_the_command_line(here, shop):

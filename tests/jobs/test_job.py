@@ -314,7 +314,7 @@ def slow_run(tmp_path, name):
 
 
 def test_a_signal_while_a_segment_is_computed_is_no_failure_of_the_model(plain, tmp_path, monkeypatch):
-    """With one process it is computed on the thread that signals come to."""
+    """Which is computed on the thread that signals come to, unless there are lanes."""
     folder, do, steps = words.texts(tmp_path / "media", 60), streams._do, []
 
     def do_and_ctrl_c(work, run, step, stream):
@@ -330,6 +330,5 @@ def test_a_signal_while_a_segment_is_computed_is_no_failure_of_the_model(plain, 
     monkeypatch.setattr(streams, "_do", do_and_ctrl_c)
     with pytest.raises(Interrupted) as caught:
         plain.run_folder(folder, tmp_path / "out")
-    assert len(steps) == 3
     assert caught.value.exit_code == 130
     assert run_json(tmp_path / "out")["interrupted"] is True

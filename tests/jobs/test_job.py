@@ -313,8 +313,8 @@ def slow_run(tmp_path, name):
     return process
 
 
-def test_a_signal_while_a_segment_is_computed_is_no_failure_of_the_model(plain, tmp_path, monkeypatch):
-    """Which is computed on the thread that signals come to, unless there are lanes."""
+def test_a_signal_while_a_segment_is_computed_is_no_failure_of_the_model(tmp_path, monkeypatch):
+    """A large model's is computed on the thread that signals come to."""
     folder, do, steps = words.texts(tmp_path / "media", 60), streams._do, []
 
     def do_and_ctrl_c(work, run, step, stream):
@@ -327,8 +327,12 @@ def test_a_signal_while_a_segment_is_computed_is_no_failure_of_the_model(plain, 
 
         do(work_and_ctrl_c, run, step, stream)
 
+    monkeypatch.setattr("mmpipe.placing._NUMBERS_FOR_THREADS", 0)
     monkeypatch.setattr(streams, "_do", do_and_ctrl_c)
-    with pytest.raises(Interrupted) as caught:
-        plain.run_folder(folder, tmp_path / "out")
+    with Pipeline.load(words.config(tmp_path)) as pipeline:
+        assert pipeline.resolved.streams == "caller"
+        with pytest.raises(Interrupted) as caught:
+            pipeline.run_folder(folder, tmp_path / "out")
+    assert len(steps) == 3
     assert caught.value.exit_code == 130
     assert run_json(tmp_path / "out")["interrupted"] is True

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds on single files. Checked on sizes and headers, before anything is decoded.
+    """Upper bounds on single files. Checked on sizes and headers, before anything is decoded; the length of a sound
+    whose header doesn't tell it (Matroska, MP3) when as much has been decoded as is heard, or as the bound allows.
 
     A medium above its bound raises MediaError `too_large`; it never ends a job. Units are decimal.
     """

@@ -40,10 +40,6 @@ class PoolSizes:
         self.host_buffers = list(host.values())
         self.lanes = plan.lanes
         self.scratch = aligned(max((s.scratch_bytes for s in plan.stage_plans), default=0))  # of one lane
-        # of one lane, if no two buffers of a stage shared bytes: what planning saves
-        self.unshared = max(
-            (sum(aligned(b.bytes) for b in s.buffers if b.home == "scratch") for s in plan.stage_plans), default=0
-        )
         # one row more than there are samples: where the rows that fill up a bucket are scattered to
         self.slots = sum(aligned(b.bytes + b.row_bytes) for b in self.slot_buffers)
         self.media = sum(aligned(b.bytes) for b in self.media_buffers)

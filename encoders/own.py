@@ -56,7 +56,7 @@ def source_digest(cls: type) -> str:
 
 
 def _import(module_name: str, name: str, base: Path) -> ModuleType:
-    _forget_other(module_name, base)
+    forget_others(module_name, base)
     sys.path.insert(0, str(base))
     importlib.invalidate_caches()  # the file may be younger than the folder's cached listing
     try:
@@ -71,15 +71,19 @@ def _import(module_name: str, name: str, base: Path) -> ModuleType:
         sys.path.remove(str(base))
 
 
-def _forget_other(module_name: str, base: Path) -> None:
-    """A module of the same name that came from another folder must not stand in for the one in `base`."""
+def forget_others(module_name: str, base: Path) -> None:
+    """A module of the same name that came from another folder must not stand in for the one in `base`; nor may one that
+    it imports from beside itself, unless that is where Python itself would find it."""
     top = module_name.partition(".")[0]
-    here = next((path for path in (base / top / "__init__.py", base / f"{top}.py") if path.is_file()), None)
-    loaded = sys.modules.get(top)
-    if here is None or loaded is None or getattr(loaded, "__file__", None) in (None, str(here)):
-        return
-    for known in [known for known in sys.modules if known == top or known.startswith(f"{top}.")]:
-        del sys.modules[known]
+    for name in [name for name in sys.modules if "." not in name]:
+        here = next((path for path in (base / name / "__init__.py", base / f"{name}.py") if path.is_file()), None)
+        file = getattr(sys.modules[name], "__file__", None)
+        if here is None or file is None or Path(file).absolute() == here.absolute():
+            continue
+        folder = Path(file).parents[Path(file).name == "__init__.py"]
+        if name == top or str(folder) not in sys.path:
+            for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
+                del sys.modules[known]
 
 
 def _place(error: BaseException) -> str:

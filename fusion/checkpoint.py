@@ -198,24 +198,11 @@ def _importable(base: Path | None) -> Iterator[None]:
         sys.path.remove(str(base))
 
 
-def _forget_other(module_name: str, base: Path) -> None:
-    """A module of the same name that came from another folder must not stand in for the one in `base`."""
-    top = module_name.partition(".")[0]
-    here = next((path for path in (base / top / "__init__.py", base / f"{top}.py") if path.is_file()), None)
-    loaded = sys.modules.get(top)
-    if here is None or loaded is None or getattr(loaded, "__file__", None) in (None, str(here)):
-        return
-    for known in [known for known in sys.modules if known == top or known.startswith(f"{top}.")]:
-        del sys.modules[known]
-
-
 def _own_head(
     kind: str, dims: Mapping[str, int], labels: Sequence[str], options: Mapping[str, Any], base: Path | None
 ) -> nn.Module:
     module_name, _, class_name = kind.partition(":")
     try:
-        if base is not None:
-            _forget_other(module_name, base)
         with _importable(base):
             head = getattr(importlib.import_module(module_name), class_name)(dict(dims), list(labels), **options)
     except Exception as error:

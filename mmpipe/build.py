@@ -34,7 +34,7 @@ from mmpipe.capturing import Shorter, captured_encoder, captured_head, shorter
 from mmpipe.config import Config, EncoderConfig, ExitConfig, ModalityConfig
 from mmpipe.encoders import BuiltEncoder, Encoder, EncoderError, MissingPackage, pull
 from mmpipe.encoders.image import ResizeCrop
-from mmpipe.encoders.own import source_digest
+from mmpipe.encoders.own import forget_others, source_digest
 from mmpipe.errors import ConfigError, MissingExtraError, MmpipeError, ModelError
 from mmpipe.fusion.checkpoint import Checkpoint, load_head, probe, read_checkpoint
 from mmpipe.fusion.heads import HeadError, ZeroShotHead, prompt_prototypes
@@ -286,6 +286,8 @@ def _head(
     if kind == "zero_shot":
         return _zero_shot(config, encoders)
     with _as_config_error(config, "fusion.checkpoint" if checkpoint else "fusion.head"):
+        if ":" in kind:
+            forget_others(kind.partition(":")[0], config.source.folder)
         return load_head(
             kind,
             dims,

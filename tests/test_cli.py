@@ -259,9 +259,10 @@ def test_predict(shop, here):
     assert first == second
     assert first["label"] in words.LABELS
     assert first["top_k"][0] == {"label": first["label"], "probability": pytest.approx(first["confidence"])}
-    code, results, _ = here("predict", "words.yaml", "--text", "@nowhere.txt")
+    (shop / "empty.txt").touch()
+    code, results, _ = here("predict", "words.yaml", "--text", "@empty.txt")
     assert code == 1
-    assert json.loads(results)["error"] == "text:not_found: nowhere.txt: no such file"
+    assert json.loads(results)["error"] == "text:empty: empty.txt: 0 bytes"
 
 
 def test_ctrl_c_on_a_terminal_with_a_bar(tmp_path):

@@ -59,13 +59,3 @@ def test_options_that_do_not_fit_are_an_error_before_memory_is_taken(tmp_path, m
     with pytest.raises(HeadError, match=r"head\.safetensors"):
         loaded(tmp_path, {**SHAPE, **options})
     assert set(made) <= {"meta"}
-
-
-def test_a_head_is_the_one_beside_the_configuration(tmp_path):
-    """Whatever was loaded under its module's name before."""
-    source = "import torch\n\nclass Head(torch.nn.Linear):\n    def __init__(self, dims, labels):\n"
-    for width in (2, 3):
-        (tmp_path / str(width)).mkdir()
-        (tmp_path / str(width) / "my_head_of_one.py").write_text(f"{source}        super().__init__({width}, 1)\n")
-    found = [load_head("my_head_of_one:Head", DIMS, LABELS, base=tmp_path / str(width)) for width in (2, 3, 2)]
-    assert [head.in_features for head in found] == [2, 3, 2]

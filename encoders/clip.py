@@ -30,7 +30,6 @@ WEIGHT_FILES = (
 )
 
 
-_LONG = 1024  # characters of a text
 _MOST_WORDS = 100_000  # that open_clip's tokeniser remembers: for ever, if nobody forgets them
 
 
@@ -87,8 +86,6 @@ class ClipTokenise:
         if len(tokenizer.cache) > _MOST_WORDS:
             specials = list(tokenizer.cache)[: len(tokenizer.all_special_ids)]
             tokenizer.cache = {special: special for special in specials}
-        if len(text) < _LONG:
-            return encode(text)
         # Its time goes with the square of a word's length. What mends and unescapes looks at the whole, and once only.
         text, tokenizer = tokenizer.clean_fn(text), copy.copy(tokenizer)
         tokenizer.clean_fn = str

@@ -38,7 +38,7 @@ OTHER_RUNTIMES = ["onnx/*", "openvino/*", "coreml/*", "*.onnx", "*.msgpack", "*.
 
 OWN = "own"  # the kind of a class of the user's
 TINY = "tiny"  # the kind of the models that ship with the package
-_LIBRARIES = ("timm", "torchvision", "torchaudio", "open_clip")  # of models: "timm:resnet50" is no class of anybody's
+_LIBRARIES = ("timm", "torchvision", "torchaudio")  # of models: "timm:resnet50" is no class of anybody's
 
 _factories: dict[str, str] = {}
 

@@ -80,10 +80,18 @@ def forget_others(module_name: str, base: Path) -> None:
         file = getattr(sys.modules[name], "__file__", None)
         if here is None or file is None or Path(file).absolute() == here.absolute():
             continue
-        folder = Path(file).parents[Path(file).name == "__init__.py"]
-        if name == top or str(folder) not in sys.path:
+        if name == top or _where_python_finds(name) != file:
             for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
                 del sys.modules[known]
+
+
+def _where_python_finds(name: str) -> str | None:
+    """The file that a module would be imported from if it were not there yet: finders of editable installs know some,
+    too."""
+    if name == "__main__":  # nobody imports it
+        return getattr(sys.modules[name], "__file__", None)
+    specs = (finder.find_spec(name, None) for finder in sys.meta_path)
+    return next((spec.origin for spec in specs if spec is not None), None)
 
 
 def _place(error: BaseException) -> str:

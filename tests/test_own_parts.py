@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
+from importlib.machinery import PathFinder
 
 import pytest
 from support import words
@@ -32,13 +35,30 @@ def test_two_configurations_have_parts_of_their_own(tmp_path):
         assert found[name] == (name, name)
 
 
-@pytest.mark.parametrize("helper", ["helping_parts", "json"])
-def test_what_they_import_from_beside_them_is_beside_them(tmp_path, helper):
+class Editable(PathFinder):
+    """As an editable install has one: a folder that is not on the path."""
+
+    folder = ""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return PathFinder.find_spec(name, [cls.folder]) if name == "installed_parts" else None
+
+
+@pytest.mark.parametrize("helper", ["helping_parts", "json", "installed_parts"])
+def test_what_they_import_from_beside_them_is_beside_them(tmp_path, helper, monkeypatch):
     """But for what Python itself knows by that name, which is in use."""
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "installed_parts.py").write_text("")
+    monkeypatch.setattr(Editable, "folder", str(installed))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable])
+    if helper != "helping_parts":
+        importlib.import_module(helper)
     for name in ("one", "two"):
         words.config(tmp_path / name)
         parts = tmp_path / name / "word_parts.py"
         parts.write_text(f"import {helper}\n" + parts.read_text() + f"\nHead.where = getattr({helper}, 'WHERE', '')\n")
         (tmp_path / name / f"{helper}.py").write_text(f"WHERE = {name!r}")
         with Pipeline.load(tmp_path / name / "words.yaml") as pipeline:
-            assert head_of(pipeline).where == ("" if helper == "json" else name)
+            assert head_of(pipeline).where == (name if helper == "helping_parts" else "")

@@ -188,15 +188,13 @@ class Runners:
 
     def _ways(self, kind: Kind) -> set[Hashable]:
         """What is lowered otherwise than eager float32: (segment, how, the bucket where that is built for one)."""
-        segments, way = (
-            self.cut.plan.segments,
-            self.resolved(kind),
-        )  # cut first: what went through before an edit did not
+        names = {segment.name for segment in self.cut.plan.segments}  # first: an edit forgets what was proved
+        way = self.resolved(kind)
         bucket = way.batch_size, way.threads
-        chosen = {segment.name: way.segments[segment.name] for segment in segments if segment.name in way.segments}
         return {
             (name, choice, () if choice.backend in OPERATION_BY_OPERATION else bucket)
-            for name, choice in chosen.items()
+            for name, choice in way.segments.items()
+            if name in names
         }
 
     def _lowered_segments(self, kind: Kind) -> list[Segment]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
+from mmpipe.build import Preparation
 from mmpipe.errors import MediaError
 from mmpipe.media import Limits
 from mmpipe.preparing import prepared
@@ -20,10 +21,9 @@ from mmpipe.preparing import prepared
     ],
 )
 def test_errors_hold_no_absolute_path(raised: Exception, told: str) -> None:
-    def prepare(medium: object) -> None:
+    def prepare(medium: object) -> NoReturn:
         raise raised
 
-    own = SimpleNamespace(prepare=prepare, decoded_seconds=None, smallest_side=None, grey=False)
     with pytest.raises(MediaError) as caught:
-        prepared("text", "a text", own, Limits())  # type: ignore[arg-type]
+        prepared("text", "a text", Preparation("text", 1, prepare, None, {}, ()), Limits())
     assert (caught.value.code, caught.value.text) == ("unusable", f"{type(raised).__name__}: {told}")

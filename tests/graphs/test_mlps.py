@@ -210,8 +210,31 @@ class Block(nn.Module):
         return found.mean(1)
 
 
+class Alike(nn.Module):
+    """Two MLPs of equal matrices, each with biases of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.into = nn.Linear(32, 64)
+        self.firsts = nn.ModuleList(nn.Linear(64, 128) for _ in range(2))
+        self.seconds = nn.ModuleList(nn.Linear(128, 64) for _ in range(2))
+        for both in (self.firsts, self.seconds):
+            both[1].weight = both[0].weight
+            nn.init.normal_(both[1].bias)
+
+    def forward(self, x):
+        x = self.into(x)
+        for first, second in zip(self.firsts, self.seconds, strict=True):
+            x = second(nn.functional.gelu(first(x)))
+        return x.mean(1)
+
+
 def lowered_block(form, folder):
-    module = Block(form).eval()
+    return lowered_module(Block(form).eval(), folder)
+
+
+def lowered_module(module, folder):
     graph = fuse([capture(module, {"x": torch.zeros(10, 32)}, name="image")], None, [])
     optimise(graph)
     made = cut(graph)
@@ -234,6 +257,16 @@ def test_an_mlp_takes_the_norms_around_it_and_what_is_added(form, folder):
     assert (norm is not None) == (form in ("normed first", "normed around"))
     assert (then is not None) == (form in ("normed after", "normed around", "normed and read"))
     assert residual == (form == "normed around")
+    x = torch.randn(4, 10, 32)
+    with torch.no_grad():
+        assert close(run(x)[0], module(x))
+
+
+@tiles_here
+@pytest.mark.usefixtures("loaded")
+def test_equal_matrices_may_have_biases_of_their_own(folder):
+    module, nodes, run = lowered_module(Alike().eval(), folder)
+    assert len(nodes) == 2
     x = torch.randn(4, 10, 32)
     with torch.no_grad():
         assert close(run(x)[0], module(x))

@@ -5,12 +5,23 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpipe.media import Room
+
+
+def side_by_side(work: Callable[[], None], threads: int) -> None:
+    """On so many threads, all of which come to their end."""
+    running = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(30)
+        assert not one.is_alive()
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,12 +47,7 @@ def test_together_they_stay_within_the_bound(costs: list[int], limit: int, threa
                 with lock:
                     del holding[number]
 
-    running = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-    for one in running:
-        one.start()
-    for one in running:
-        one.join(30)
-        assert not one.is_alive()
+    side_by_side(work, threads)
     assert not over
     assert room.used_bytes == 0
 
@@ -101,12 +107,7 @@ def test_who_needs_more_waits_for_it_too(costs: list[tuple[int, int]], limit: in
                 with lock:
                     del begun[number], grown[number]
 
-    running = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-    for one in running:
-        one.start()
-    for one in running:
-        one.join(30)
-        assert not one.is_alive()
+    side_by_side(work, threads)
     assert not over
     assert (room.used_bytes, room._holders) == (0, 0)
 
@@ -122,12 +123,7 @@ def test_large_ones_go_one_after_the_other() -> None:
             most[0] = max(most[0], room.used_bytes)
             time.sleep(0.01)
 
-    running = [threading.Thread(target=decode, daemon=True) for _ in range(8)]
-    for one in running:
-        one.start()
-    for one in running:
-        one.join(30)
-        assert not one.is_alive()
+    side_by_side(decode, 8)
     assert most[0] <= 100
 
 
